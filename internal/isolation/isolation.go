@@ -1,0 +1,214 @@
+// Package isolation is the seam between the life of a container and the ways to run one.
+//
+// A Driver turns a Spec into a running workload of one isolation: "process" is namespaces and cgroups on the host's
+// kernel (package process), "vm" is a kernel of its own under QEMU (package vm). The package holds interfaces and the
+// spec and no code that runs anything. The vocabulary of a Spec is Docker's own (container.Config,
+// container.HostConfig), already validated and completed with the daemon's defaults by the engine, beside what only the
+// engine can know: the mounted root, resolved mounts, the network namespace, the process to run.
+//
+// What only some isolations can do is an optional role (Pauser, Checkpointer, ...), asked for by type assertion and told
+// to users as "not with this isolation".
+package isolation
+
+import (
+	"context"
+	"io"
+	"syscall"
+	"time"
+
+	"github.com/moby/moby/api/types/container"
+)
+
+// Driver turns a spec into running workloads of one isolation. Methods are safe for concurrent use.
+type Driver interface {
+	// Create prepares a workload: its standard streams can be attached from now on, nothing runs yet. The engine calls it
+	// once per start of a container, never twice for the same ID without Delete in between.
+	// Errors: ErrInvalidArgument (this isolation can't do what the spec asks), ErrAlreadyExists.
+	Create(ctx context.Context, spec *Spec) (Instance, error)
+
+	// Adopt returns the workload that an earlier daemon started under id, running or ended with its exit not yet
+	// deleted. Error: ErrNotFound.
+	Adopt(ctx context.Context, id string) (Instance, error)
+
+	// List returns the IDs of all workloads the driver holds, so that the engine can remove what it doesn't know.
+	List(ctx context.Context) ([]string, error)
+}
+
+// Instance is one workload: one run of a container's process. Methods are safe for concurrent use.
+type Instance interface {
+	// Start runs the process and returns once its program was executed, or could not be. The error of a program that
+	// is missing or not executable wraps ErrCommandNotFound or ErrCommandNotExecutable.
+	Start(ctx context.Context) error
+
+	// PID is the process's ID in the host's PID namespace, 0 when it isn't running.
+	PID() int
+
+	// Attach connects to the standard streams. It may be called before Start, and any number of times at once; output
+	// goes to all, from the moment of the call on.
+	Attach(ctx context.Context, opts AttachOptions) (Stream, error)
+
+	// Signal sends sig to the process. Error: ErrNotFound when it has ended.
+	Signal(ctx context.Context, sig syscall.Signal) error
+
+	// Resize sets the size of the terminal in character cells.
+	Resize(ctx context.Context, rows, cols uint32) error
+
+	// Wait blocks until the process has ended, also when it ended before the call or under an earlier daemon. All its
+	// output has been written to the log by then.
+	Wait(ctx context.Context) (Exit, error)
+
+	// Exec prepares another process in the running workload; it runs when the returned Process is started.
+	Exec(ctx context.Context, execID string, p ProcessSpec) (Process, error)
+
+	// Update changes limits of the running workload.
+	Update(ctx context.Context, r container.Resources) error
+
+	// Stats samples usage. Networks are the engine's to add where the network room knows better.
+	Stats(ctx context.Context) (*container.StatsResponse, error)
+
+	// Processes lists the host PIDs of all processes in the workload.
+	Processes(ctx context.Context) ([]int, error)
+
+	// Delete ends what still runs (SIGKILL) and removes every trace: cgroup, namespaces, streams, records of execs and
+	// of the exit. Deleting twice is no error.
+	Delete(ctx context.Context) error
+}
+
+// Process is one exec in a workload.
+type Process interface {
+	// Start runs the process; errors as Instance.Start.
+	Start(ctx context.Context) error
+	PID() int
+	// Attach connects to the streams; to miss nothing call it before Start.
+	Attach(ctx context.Context, opts AttachOptions) (Stream, error)
+	Signal(ctx context.Context, sig syscall.Signal) error
+	Resize(ctx context.Context, rows, cols uint32) error
+	Wait(ctx context.Context) (Exit, error)
+	// Delete forgets an ended process. A running one is killed.
+	Delete(ctx context.Context) error
+}
+
+// Pauser is the role of isolations that can stop all processes of a workload in place.
+type Pauser interface {
+	Pause(ctx context.Context) error
+	Resume(ctx context.Context) error
+}
+
+// Stream carries standard streams in Docker's wire format: what is read is the raw terminal stream when the process has
+// a terminal, else stdout and stderr in frames as of github.com/moby/moby/api/pkg/stdcopy (8-byte header: stream, 0, 0, 0,
+// big-endian length). What is written is stdin, raw. Reading ends with io.EOF when the process has ended and all output
+// was read, CloseWrite ends stdin, Close detaches.
+type Stream interface {
+	io.ReadWriteCloser
+	CloseWrite() error
+}
+
+// AttachOptions says which streams are wanted. Output that isn't wanted is not sent.
+type AttachOptions struct {
+	Stdin, Stdout, Stderr bool
+}
+
+// ProcessSpec is a process to run inside a workload.
+type ProcessSpec struct {
+	// Args is the program and its arguments; the program is looked up in the PATH of Env inside the root.
+	Args []string
+	// Env are "KEY=value" entries, complete: nothing is added but HOME when it is missing and TERM for terminals.
+	Env []string
+	// Cwd is an absolute directory, made when it doesn't exist.
+	Cwd string
+	// User is "uid|name[:gid|group]", resolved against the root's /etc/passwd and /etc/group; empty means root.
+	User string
+	// AddGroups are supplementary groups, by name or number.
+	AddGroups []string
+	// Terminal gives the process a pseudo terminal; its size in cells is 0 when the client hasn't said yet.
+	Terminal   bool
+	Rows, Cols uint32
+	// OpenStdin keeps stdin open; otherwise the process reads /dev/null (or nothing from its terminal).
+	OpenStdin bool
+	// StdinOnce ends stdin when the first client that attached to it has left.
+	StdinOnce bool
+	// Privileged gives an exec all capabilities. Ignored for a workload's first process, where HostConfig says it.
+	Privileged bool
+}
+
+// Spec is all a driver needs for one run of a container.
+type Spec struct {
+	// ID is the container's: 64 hexadecimal digits. Name is without the leading slash.
+	ID, Name string
+
+	// Config and Host are what the user asked, validated and with the daemon's defaults filled in.
+	// Host.Resources are the limits; Host.Runtime an OCI runtime by its name in Runtimes, or empty for the built-in one.
+	Config *container.Config
+	Host   *container.HostConfig
+
+	// Process is the first process: entrypoint and command joined, environment complete (links included).
+	Process ProcessSpec
+
+	// Hostname and Domainname of the UTS namespace; empty with the host's.
+	Hostname, Domainname string
+
+	// Rootfs is the mounted root of the container on the host.
+	Rootfs string
+
+	// Mounts in the order to mount, parents first; they include /etc/hosts, /etc/hostname, /etc/resolv.conf, volumes,
+	// binds, tmpfs and /dev/shm. The driver adds its own (/proc, /sys, /dev, ...) before them.
+	Mounts []Mount
+
+	// NetNS is the path of a network namespace to join; empty means the host's.
+	NetNS string
+
+	// IPCNS and PIDNS are paths of namespaces to join ("container:" modes); empty follows Host.IpcMode and Host.PidMode.
+	IPCNS, PIDNS string
+
+	// Init runs a small init as PID 1 (--init). Its path on the host is the driver's affair.
+	Init bool
+
+	// RuntimePath and RuntimeArgs are the OCI runtime binary to use for Host.Runtime; empty for the built-in one.
+	RuntimePath string
+	RuntimeArgs []string
+
+	// SeccompProfile is a JSON profile replacing Docker's default for containers that don't choose; empty keeps the default.
+	SeccompProfile string
+
+	// CgroupParent is the parent cgroup: absolute path, or a slice under the systemd cgroup driver. Never empty.
+	CgroupParent string
+	// SystemdCgroup says that cgroups are made through systemd.
+	SystemdCgroup bool
+
+	// Log says where output is written.
+	Log LogSpec
+}
+
+// Mount is one mount inside the root.
+type Mount struct {
+	// Source on the host; empty for tmpfs. Target inside the root, absolute.
+	Source, Target string
+	// Type is "bind" or "tmpfs".
+	Type string
+	// Options as in mount(8): "ro", "rprivate", "size=65536", "mode=1777", "noexec" ...; a bind is recursive by "rbind".
+	Options []string
+}
+
+// LogSpec is the log of a workload's output.
+type LogSpec struct {
+	// Driver is "json-file", "local" or "none".
+	Driver string
+	// Path is the file for json-file and local.
+	Path string
+	// Options as of Docker's log drivers, defaults filled in.
+	Options map[string]string
+	// Attrs are extra attributes (labels, env) written with each line.
+	Attrs map[string]string
+}
+
+// Exit is how a process ended.
+type Exit struct {
+	// Code is the exit status, or 128 + signal.
+	Code int
+	// OOMKilled is true when the kernel's out-of-memory killer ended a process of the workload.
+	OOMKilled bool
+	// At is when it ended.
+	At time.Time
+	// Error says why the status isn't known ("keeper and guard were both killed"); empty otherwise.
+	Error string
+}
