@@ -1,0 +1,184 @@
+// Package api serves the Docker Engine API over HTTP. There is one file per group of resources; a handler decodes the
+// request, makes one call to the engine and encodes its answer, and decides nothing about containers, images or
+// networks. What it does decide is the shape of the wire: versions of the API from 1.24 on (fields added, renamed or
+// dropped since are adapted here and nowhere else), status codes for kinds of errors, and the streams Docker clients
+// take a connection over for.
+package api
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/http"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"dolium/internal/engine"
+
+	"github.com/gorilla/mux"
+)
+
+// Config is what the server says about the daemon it belongs to.
+type Config struct {
+	// Version of Dolium, for the Server header.
+	Version string
+	// Experimental is announced to clients, which then offer their own experimental commands.
+	Experimental bool
+	Log          *slog.Logger
+}
+
+// Server is the http.Handler of the Engine API. It is safe for concurrent use.
+type Server struct {
+	cfg Config
+	// groups holds the routes by the first segment of their path: a request is matched against the twenty of its
+	// resource, not against all.
+	groups map[string]*mux.Router
+	routes []route
+}
+
+// route is one operation. Path is a gorilla/mux template without the version prefix.
+type route struct {
+	method, path string
+	handler      handler
+}
+
+// handler answers one request. A returned error becomes the answer when nothing was sent yet; later it cuts the
+// connection, so that the client can't take half an answer for a whole one.
+type handler func(w http.ResponseWriter, r *request) error
+
+// New returns a server that answers from e.
+func New(cfg Config, e *engine.Engine) *Server {
+	return newServer(cfg,
+		notYetRoutes(),
+		systemAPI{engine: e}.routes(),
+		containerAPI{engine: e}.routes(),
+		streamAPI{engine: e, log: cfg.Log}.routes(),
+		archiveAPI{engine: e}.routes(),
+		execAPI{engine: e, log: cfg.Log}.routes(),
+		imageAPI{images: e.Images()}.routes(),
+		transferAPI{images: e.Images()}.routes(),
+		networkAPI{engine: e}.routes(),
+		volumeAPI{volumes: e.Volumes()}.routes(),
+	)
+}
+
+func newServer(cfg Config, groups ...[]route) *Server {
+	s := &Server{cfg: cfg, groups: map[string]*mux.Router{}}
+	for _, group := range groups {
+		for _, rt := range group {
+			s.add(rt)
+		}
+	}
+	return s
+}
+
+func (s *Server) add(rt route) {
+	first := firstSegment(rt.path)
+	if s.groups[first] == nil {
+		// Cleaning would answer with a redirect to the path without its version.
+		s.groups[first] = mux.NewRouter().SkipClean(true)
+		s.groups[first].NotFoundHandler = http.HandlerFunc(pageNotFound)
+		s.groups[first].MethodNotAllowedHandler = http.HandlerFunc(pageNotFound)
+	}
+	s.routes = append(s.routes, rt)
+	s.groups[first].Methods(rt.method).Path(rt.path).Handler(s.serve(rt.handler))
+}
+
+func firstSegment(path string) string {
+	first, _, _ := strings.Cut(strings.TrimPrefix(path, "/"), "/")
+	return first
+}
+
+func pageNotFound(w http.ResponseWriter, _ *http.Request) {
+	_ = writeJSON(w, http.StatusNotFound, errorBody{"page not found"})
+}
+
+type versionKey struct{}
+
+// ServeHTTP implements http.Handler.
+func (s *Server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
+	w := &response{ResponseWriter: rw}
+	defer s.recover(w, r)
+
+	asked, path := cutVersion(r.URL.Path)
+	h := w.Header()
+	h.Set("Server", "Dolium/"+s.cfg.Version+" ("+runtime.GOOS+")")
+	h.Set("Api-Version", MaxVersion)
+	h.Set("Ostype", runtime.GOOS)
+	h.Set("Docker-Experimental", map[bool]string{true: "true", false: "false"}[s.cfg.Experimental])
+
+	if r.Method == http.MethodOptions {
+		w.WriteHeader(http.StatusOK)
+		return
+	}
+	group := s.groups[firstSegment(path)]
+	if group == nil {
+		pageNotFound(w, r)
+		return
+	}
+	r2 := r.WithContext(context.WithValue(r.Context(), versionKey{}, asked))
+	u := *r.URL
+	u.Path, u.RawPath = path, ""
+	r2.URL = &u
+	group.ServeHTTP(w, r2)
+}
+
+// serve turns h into an http.Handler: it negotiates the version, reads the query, logs, and sends errors.
+func (s *Server) serve(h handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, hr *http.Request) {
+		start := time.Now()
+		r, err := newRequest(hr)
+		if err == nil {
+			err = h(w, r)
+		}
+		ctx := hr.Context()
+		if s.cfg.Log.Enabled(ctx, slog.LevelDebug) {
+			s.cfg.Log.LogAttrs(ctx, slog.LevelDebug, "api", slog.String("method", hr.Method), slog.String("path", hr.URL.Path),
+				slog.Duration("took", time.Since(start)), slog.Any("error", err))
+		}
+		if err == nil {
+			return
+		}
+		if rw, ok := w.(*response); ok && rw.started {
+			if !errors.Is(err, context.Canceled) {
+				s.cfg.Log.Warn("request failed after its answer began", "method", hr.Method, "path", hr.URL.Path, "error", err)
+			}
+			if rw.hijacked {
+				return
+			}
+			panic(http.ErrAbortHandler)
+		}
+		code := statusCode(err)
+		if code >= http.StatusInternalServerError && code != http.StatusNotImplemented {
+			s.cfg.Log.Error("request failed", "method", hr.Method, "path", hr.URL.Path, "error", err)
+		}
+		var old tooOldError
+		if errors.As(err, &old) && old.plain {
+			// A client this old doesn't read JSON errors.
+			http.Error(w, err.Error(), code)
+			return
+		}
+		_ = writeJSON(w, code, errorBody{err.Error()})
+	})
+}
+
+// recover keeps the daemon alive when a handler panics, and the client informed.
+func (s *Server) recover(w *response, r *http.Request) {
+	v := recover()
+	if v == nil {
+		return
+	}
+	if v == http.ErrAbortHandler { //nolint:errorlint // the sentinel itself, as net/http compares it
+		panic(v)
+	}
+	s.cfg.Log.Error("panic in handler", "method", r.Method, "path", r.URL.Path, "panic", v, "stack", string(debug.Stack()))
+	if w.hijacked {
+		return
+	}
+	if w.started {
+		panic(http.ErrAbortHandler)
+	}
+	_ = writeJSON(w, http.StatusInternalServerError, errorBody{"internal error: the request made a handler panic; the daemon's log has the details"})
+}
