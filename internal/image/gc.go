@@ -1,0 +1,159 @@
+package image
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+)
+
+// Leases keep garbage collection off what no image refers to (yet):
+//
+//	op/<random>     content of one operation; ends with it, or within a day when the daemon was killed
+//	pull/<name>     content of a pull that hasn't ended well; the next pull of the name finds it again for a day
+//	chain/<chainID> the snapshots under containers' writable layers
+const (
+	opLease    = "op/"
+	pullLease  = "pull/"
+	chainLease = "chain/"
+
+	leaseLife = 24 * time.Hour
+	// staleLabel marks the leases that a prune may drop.
+	staleLabel = "dolium.io/lease"
+)
+
+func (s *Store) context(ctx context.Context) context.Context {
+	if ns, ok := namespaces.Namespace(ctx); ok && ns == Namespace {
+		return ctx
+	}
+	return Context(log.WithLogger(ctx, s.liblog))
+}
+
+// lease returns a context under which everything written is kept until done is called.
+func (s *Store) lease(ctx context.Context) (_ context.Context, done func(), err error) {
+	ctx = s.context(ctx)
+	l, err := s.leases.Create(ctx, leases.WithRandomID(), func(l *leases.Lease) error {
+		l.ID = opLease + l.ID
+		return nil
+	}, leases.WithExpiration(leaseLife), leases.WithLabel(staleLabel, "op"))
+	if err != nil {
+		return nil, nil, fmt.Errorf("make a lease: %w", err)
+	}
+	return leases.WithLease(ctx, l.ID), func() { s.endLease(ctx, l.ID) }, nil
+}
+
+func (s *Store) endLease(ctx context.Context, id string) {
+	// The operation may have ended because its context did.
+	if err := s.leases.Delete(context.WithoutCancel(ctx), leases.Lease{ID: id}); err != nil && !errdefs.IsNotFound(err) {
+		s.log.Warn("end lease", "lease", id, "err", err)
+	}
+}
+
+// namedLease is lease for an operation whose content should be found again by the next of its name: done(false) keeps it.
+func (s *Store) namedLease(ctx context.Context, id string) (_ context.Context, done func(finished bool), err error) {
+	ctx = s.context(ctx)
+	_, err = s.leases.Create(ctx, leases.WithID(id), leases.WithExpiration(leaseLife), leases.WithLabel(staleLabel, "pull"))
+	if err != nil && !errdefs.IsAlreadyExists(err) {
+		return nil, nil, fmt.Errorf("make a lease: %w", err)
+	}
+	return leases.WithLease(ctx, id), func(finished bool) {
+		if finished {
+			s.endLease(ctx, id)
+		}
+	}, nil
+}
+
+// dropLeases ends every lease whose ID has the prefix.
+func (s *Store) dropLeases(ctx context.Context, prefix string) error {
+	all, err := s.leases.List(ctx)
+	if err != nil {
+		return err
+	}
+	for _, l := range all {
+		if strings.HasPrefix(l.ID, prefix) {
+			if err := s.leases.Delete(ctx, l); err != nil && !errdefs.IsNotFound(err) {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// collect removes content and snapshots that nothing refers to any more.
+func (s *Store) collect(ctx context.Context) error {
+	s.gcMu.Lock()
+	defer s.gcMu.Unlock()
+	// What is being removed here may be half of what a chain in the journal stands on.
+	s.unsynced.wait()
+	ctx = s.context(context.WithoutCancel(ctx))
+	if err := s.chains.releaseUnused(ctx); err != nil {
+		return fmt.Errorf("release layer chains: %w", err)
+	}
+	if _, err := s.meta.GarbageCollect(ctx); err != nil {
+		return fmt.Errorf("collect garbage: %w", err)
+	}
+	s.parsed.clear()
+	return nil
+}
+
+// collectIfStale collects at start-up when a killed daemon left leases of unfinished operations, so that a plain start
+// stays fast.
+func (s *Store) collectIfStale(ctx context.Context) error {
+	all, err := s.leases.List(ctx)
+	if err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(all, func(l leases.Lease) bool { return strings.HasPrefix(l.ID, opLease) }) {
+		return nil
+	}
+	if err := s.dropLeases(ctx, opLease); err != nil {
+		return err
+	}
+	return s.collect(ctx)
+}
+
+// dropChain removes a snapshot and all that stand on it.
+func (s *Store) dropChain(ctx context.Context, chain string) error {
+	children := map[string][]string{}
+	err := s.snap.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
+		if info.Parent != "" {
+			children[info.Parent] = append(children[info.Parent], info.Name)
+		}
+		return nil
+	})
+	if err != nil && !errdefs.IsNotFound(err) {
+		return err
+	}
+	var drop func(name string) error
+	drop = func(name string) error {
+		for _, c := range children[name] {
+			if err := drop(c); err != nil {
+				return err
+			}
+		}
+		delete(children, name)
+		if err := s.snap.Remove(ctx, name); err != nil && !errdefs.IsNotFound(err) {
+			return fmt.Errorf("remove snapshot %s: %w", name, err)
+		}
+		return nil
+	}
+	return drop(chain)
+}
+
+// mergeLabels is a with b's entries over it.
+func mergeLabels(a, b map[string]string) map[string]string {
+	m := maps.Clone(a)
+	if m == nil {
+		m = map[string]string{}
+	}
+	maps.Copy(m, b)
+	return m
+}

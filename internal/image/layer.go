@@ -1,0 +1,394 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+
+	"dolium/internal/fault"
+)
+
+// A container's writable layer is a directory Root/layers/<id>:
+//
+//	chain   symbolic link "to" the ID of the image's chain of layers, "-" when the image has none
+//	image   symbolic link "to" the image's ID
+//	fs      what the container changed, the upper directory
+//	work    overlay's work directory
+//	merged  where it is mounted
+//
+// The record is two links because a link is never half-written, and is on disk with the next fsync of anything on the file
+// system, such as the write that makes the container exist: making a layer costs no fsync of its own.
+
+var layerID = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]*$`)
+
+// LayerOptions are choices for one writable layer.
+type LayerOptions struct {
+	// StorageOpt is HostConfig.StorageOpt; only "size" is known, and it needs quotas of the file system.
+	StorageOpt map[string]string
+	// Volatile never syncs the layer to disk, for containers that are gone after a crash anyway (--rm): unmounting is
+	// then free of the file system's sync.
+	Volatile bool
+}
+
+func (s *Store) layerDir(id string) string { return filepath.Join(s.cfg.Root, "layers", id) }
+
+// chainTable knows the chains under writable layers: their directories, and who uses them. A chain is leased when it is
+// first used and released, when nothing uses it any more, only before a garbage collection and at start-up, so that
+// containers that come and go don't each pay for transactions.
+type chainTable struct {
+	s      *Store
+	mu     sync.Mutex
+	chains map[string]*chainUse
+	of     map[string]string // layer to chain
+}
+
+type chainUse struct {
+	once   chan struct{} // closed when dirs or err are known
+	dirs   []string      // lower directories, the top one first
+	err    error
+	layers map[string]struct{}
+}
+
+func newChainTable(s *Store) *chainTable {
+	return &chainTable{s: s, chains: map[string]*chainUse{}, of: map[string]string{}}
+}
+
+// load reads the layers of an earlier daemon and ends the leases of chains that none of them uses.
+func (t *chainTable) load(ctx context.Context) error {
+	ids, err := t.s.Layers()
+	if err != nil {
+		return err
+	}
+	used := map[string]bool{}
+	for _, id := range ids {
+		chain, err := t.s.layerChain(id)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // half-made; RemoveLayer takes it
+		}
+		if err != nil {
+			return err
+		}
+		t.of[id] = chain
+		used[chain] = true
+	}
+	all, err := t.s.leases.List(ctx)
+	if err != nil {
+		return err
+	}
+	for _, l := range all {
+		if chain, ok := strings.CutPrefix(l.ID, chainLease); ok && !used[chain] {
+			if err := t.s.leases.Delete(ctx, l); err != nil && !errdefs.IsNotFound(err) {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// acquire notes that a layer stands on a chain and returns the chain's directories. prepare makes the chain when it isn't
+// there; nil means that it must be.
+func (t *chainTable) acquire(ctx context.Context, chain, layer string, prepare func(context.Context) error) ([]string, error) {
+	t.mu.Lock()
+	use := t.chains[chain]
+	first := use == nil
+	if first {
+		use = &chainUse{once: make(chan struct{}), layers: map[string]struct{}{}}
+		t.chains[chain] = use
+		for id, c := range t.of {
+			if c == chain {
+				use.layers[id] = struct{}{}
+			}
+		}
+	}
+	use.layers[layer] = struct{}{}
+	t.of[layer] = chain
+	t.mu.Unlock()
+
+	if first {
+		use.dirs, use.err = t.open(context.WithoutCancel(ctx), chain, prepare)
+		if use.err != nil {
+			t.mu.Lock()
+			delete(t.chains, chain) // the next one tries again
+			t.mu.Unlock()
+		}
+		close(use.once)
+	}
+	select {
+	case <-use.once:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	return use.dirs, use.err
+}
+
+func (t *chainTable) open(ctx context.Context, chain string, prepare func(context.Context) error) ([]string, error) {
+	if chain == noChain {
+		return []string{filepath.Join(t.s.cfg.Root, "empty")}, nil
+	}
+	ctx = t.s.context(ctx)
+	// The lease comes first: once the directories are known to be there, nothing may collect them.
+	lease := leases.Lease{ID: chainLease + chain}
+	if _, err := t.s.leases.Create(ctx, leases.WithID(lease.ID)); err != nil && !errdefs.IsAlreadyExists(err) {
+		return nil, err
+	}
+	if err := t.s.leases.AddResource(ctx, lease, leases.Resource{ID: chain, Type: "snapshots/" + SnapshotterName}); err != nil {
+		return nil, err
+	}
+	dirs, err := t.s.lowerDirs(ctx, chain)
+	if errdefs.IsNotFound(err) && prepare != nil {
+		if err := prepare(ctx); err != nil {
+			return nil, err
+		}
+		dirs, err = t.s.lowerDirs(ctx, chain)
+	}
+	return dirs, err
+}
+
+// forget notes that a layer is gone.
+func (t *chainTable) forget(layer string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	chain, ok := t.of[layer]
+	if !ok {
+		return
+	}
+	delete(t.of, layer)
+	if use := t.chains[chain]; use != nil {
+		delete(use.layers, layer)
+	}
+}
+
+// releaseUnused ends the leases of chains without a layer. It holds the table, so that none is acquired meanwhile.
+func (t *chainTable) releaseUnused(ctx context.Context) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for chain, use := range t.chains {
+		if len(use.layers) > 0 || chain == noChain {
+			continue
+		}
+		if err := t.s.leases.Delete(ctx, leases.Lease{ID: chainLease + chain}); err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
+		delete(t.chains, chain)
+	}
+	return nil
+}
+
+// noChain stands for the chain of an image without layers.
+const noChain = "-"
+
+// CreateLayer makes the writable layer of a container on an image. Errors: ErrAlreadyExists, ErrInvalidArgument (storage
+// options), ErrNotFound (the image was removed meanwhile).
+func (s *Store) CreateLayer(ctx context.Context, id string, img *Image, opts LayerOptions) (retErr error) {
+	if !layerID.MatchString(id) {
+		return fault.New(errdefs.ErrInvalidArgument, "invalid layer ID %q", id)
+	}
+	if err := s.checkStorageOpt(opts.StorageOpt); err != nil {
+		return err
+	}
+	unlock, err := s.layers.lock(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	dir := s.layerDir(id)
+	if err := os.Mkdir(dir, 0o710); err != nil {
+		if errors.Is(err, fs.ErrExist) {
+			return fault.New(errdefs.ErrAlreadyExists, "layer %s already exists", id)
+		}
+		return err
+	}
+	defer func() {
+		if retErr != nil {
+			s.chains.forget(id)
+			if err := removeTree(dir); err != nil {
+				s.log.Warn("remove a half-made layer", "layer", id, "err", err)
+			}
+		}
+	}()
+	chain := noChain
+	if img.ChainID != "" {
+		chain = img.ChainID.String()
+	}
+	_, err = s.chains.acquire(ctx, chain, id, func(ctx context.Context) error { return s.ensureUnpacked(ctx, img) })
+	if err != nil {
+		return fmt.Errorf("layers of image %s: %w", shortID(img.ID.String()), err)
+	}
+	if err := os.Symlink(img.ID.String(), filepath.Join(dir, "image")); err != nil {
+		return err
+	}
+	if err := os.Symlink(chain, filepath.Join(dir, "chain")); err != nil {
+		return err
+	}
+	if opts.Volatile {
+		if err := os.Symlink("-", filepath.Join(dir, "volatile")); err != nil {
+			return err
+		}
+	}
+	for name, mode := range map[string]os.FileMode{"fs": 0o755, "work": 0o711, "merged": 0o700} {
+		if err := mkdirExactly(filepath.Join(dir, name), mode); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// mkdirExactly makes a directory whose mode doesn't depend on the umask: that of fs is the mode of the container's root.
+func mkdirExactly(path string, mode os.FileMode) error {
+	if err := os.Mkdir(path, mode); err != nil {
+		return err
+	}
+	return os.Chmod(path, mode)
+}
+
+func (s *Store) layerChain(id string) (string, error) {
+	return os.Readlink(filepath.Join(s.layerDir(id), "chain"))
+}
+
+// lowers are the directories under a layer. A chain that isn't there any more is unpacked again when its image still is.
+func (s *Store) lowers(ctx context.Context, id string) ([]string, error) {
+	chain, err := s.layerChain(id)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fault.New(errdefs.ErrNotFound, "layer %s does not exist", id)
+	}
+	if err != nil {
+		return nil, err
+	}
+	dirs, err := s.chains.acquire(ctx, chain, id, func(ctx context.Context) error { return s.restoreChain(ctx, id, chain) })
+	if err != nil {
+		return nil, fmt.Errorf("layers under %s: %w", shortID(id), err)
+	}
+	return dirs, nil
+}
+
+func (s *Store) restoreChain(ctx context.Context, id, chain string) error {
+	image, err := os.Readlink(filepath.Join(s.layerDir(id), "image"))
+	if err != nil {
+		return err
+	}
+	record, err := s.byID(digest.Digest(image))
+	if err != nil {
+		return fault.New(errdefs.ErrNotFound, "its image %s has been removed, and its layers were lost", shortID(image))
+	}
+	all, err := s.manifests(ctx, record.Target)
+	if err != nil {
+		return err
+	}
+	for _, m := range all {
+		img, err := s.open(ctx, m.desc, nil, image)
+		if err == nil && img.ChainID.String() == chain {
+			return s.ensureUnpacked(ctx, img)
+		}
+	}
+	return fault.New(errdefs.ErrNotFound, "image %s has no such layers", shortID(image))
+}
+
+// MountLayer mounts a layer on those of its image and returns the root. Mounting what is mounted is no error. Error:
+// ErrNotFound.
+func (s *Store) MountLayer(ctx context.Context, id string) (string, error) {
+	unlock, err := s.layers.lock(ctx, id)
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	dirs, err := s.lowers(ctx, id)
+	if err != nil {
+		return "", err
+	}
+	dir := s.layerDir(id)
+	merged := filepath.Join(dir, "merged")
+	if isMountPoint(merged) {
+		return merged, nil
+	}
+	o := overlayMount{lower: dirs, upper: filepath.Join(dir, "fs"), work: filepath.Join(dir, "work"), options: s.overlay}
+	if _, err := os.Lstat(filepath.Join(dir, "volatile")); err == nil {
+		// The kernel marks the work directory of a volatile mount and refuses to use it again unless that was unmounted
+		// in order. The layer's owner knows that it doesn't outlive a crash, so the mark says nothing.
+		if err := os.RemoveAll(filepath.Join(dir, "work", "work", "incompat")); err != nil {
+			return "", err
+		}
+		o.options = append(slices.Clone(o.options), "volatile")
+	}
+	if err := o.mount(merged); err != nil {
+		return "", fmt.Errorf("mount the root of %s: %w", shortID(id), err)
+	}
+	return merged, nil
+}
+
+// UnmountLayer unmounts a layer. Unmounting what isn't mounted, or doesn't exist, is no error.
+func (s *Store) UnmountLayer(ctx context.Context, id string) error {
+	unlock, err := s.layers.lock(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	return unmountAll(filepath.Join(s.layerDir(id), "merged"))
+}
+
+// RemoveLayer unmounts and removes a layer, whole or half-made. Removing what doesn't exist is no error.
+func (s *Store) RemoveLayer(ctx context.Context, id string) error {
+	if !layerID.MatchString(id) {
+		return fault.New(errdefs.ErrInvalidArgument, "invalid layer ID %q", id)
+	}
+	unlock, err := s.layers.lock(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	dir := s.layerDir(id)
+	if err := unmountAll(filepath.Join(dir, "merged")); err != nil {
+		return err
+	}
+	// One rename takes it away for good; a daemon killed from here on finds the rest in the trash.
+	trash := filepath.Join(s.cfg.Root, "trash", id+"."+randomID())
+	if err := os.Rename(dir, trash); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	s.chains.forget(id)
+	if err := removeTree(trash); err != nil {
+		return fmt.Errorf("remove layer %s: %w", shortID(id), err)
+	}
+	return nil
+}
+
+// Layers lists the writable layers, also half-made ones.
+func (s *Store) Layers() ([]string, error) {
+	entries, err := os.ReadDir(filepath.Join(s.cfg.Root, "layers"))
+	if err != nil {
+		return nil, err
+	}
+	ids := make([]string, len(entries))
+	for i, e := range entries {
+		ids[i] = e.Name()
+	}
+	return ids, nil
+}
+
+// LayerInfo is what `docker inspect` shows as GraphDriver.Data: LowerDir, UpperDir, WorkDir and MergedDir. It is nil when
+// the layer doesn't exist.
+func (s *Store) LayerInfo(id string) map[string]string {
+	dirs, err := s.lowers(context.Background(), id)
+	if err != nil {
+		return nil
+	}
+	dir := s.layerDir(id)
+	return map[string]string{
+		"LowerDir":  strings.Join(dirs, ":"),
+		"UpperDir":  filepath.Join(dir, "fs"),
+		"WorkDir":   filepath.Join(dir, "work"),
+		"MergedDir": filepath.Join(dir, "merged"),
+	}
+}

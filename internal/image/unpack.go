@@ -1,0 +1,427 @@
+package image
+
+import (
+	"archive/tar"
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/archive"
+	"github.com/containerd/errdefs"
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"dolium/internal/fault"
+)
+
+// Unpacking extracts all layers of an image at once, each into a snapshot without a parent; overlay needs the parents only
+// when mounting. When all are done they are committed in order, each onto its parent (containerd calls it rebase). It is
+// our own rather than containerd's unpacker for two reasons: a layer whose archive leaves out parent directories must get
+// their owner and mode from the layers below, which aren't there yet when it is extracted (inheritDirs does it after); and
+// one note in the sync journal covers the whole chain, instead of a sync per layer.
+
+// layerState is how far one layer is, for progress.
+type layerState int
+
+const (
+	layerExtracting layerState = iota
+	layerUnpacked
+)
+
+// unpackJob is one image's layers, lowest first.
+type unpackJob struct {
+	layers  []ocispec.Descriptor
+	diffIDs []digest.Digest
+	// ready, when set, returns once the content of layer i is in the content store.
+	ready func(ctx context.Context, i int) error
+	// progress, when set, is told what became of layer i. Calls come from several goroutines.
+	progress func(i int, state layerState, done int64)
+}
+
+// extraction is one layer on its way to a snapshot.
+type extraction struct {
+	i        int
+	chainID  string
+	unlock   func()
+	key      string // of the active snapshot, empty when there is none
+	dir      string
+	implicit []string // directories that the archive only implied
+	err      error
+}
+
+// unpack makes the snapshots of a job that don't exist yet, sharing the work with concurrent calls. Everything is kept by
+// the lease in ctx. The layers below the first that fails are kept.
+func (s *Store) unpack(ctx context.Context, job unpackJob) error {
+	if len(job.layers) != len(job.diffIDs) {
+		return fault.New(errdefs.ErrInvalidArgument, "the image's manifest has %d layers and its configuration %d", len(job.layers), len(job.diffIDs))
+	}
+	ctx = s.context(ctx)
+	chainIDs := identity.ChainIDs(slices.Clone(job.diffIDs))
+	first, err := s.firstMissing(ctx, chainIDs)
+	if err != nil {
+		return err
+	}
+	if job.progress != nil {
+		for i := range first {
+			job.progress(i, layerUnpacked, 0)
+		}
+	}
+	if first == len(chainIDs) {
+		return nil
+	}
+
+	todo, err := s.claim(ctx, chainIDs, first)
+	defer func() {
+		for _, e := range todo {
+			e.unlock()
+		}
+	}()
+	if err != nil {
+		return err
+	}
+
+	// A failed layer ends those above it: they can't be committed without it.
+	exCtx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var wg sync.WaitGroup
+	for _, e := range todo {
+		wg.Go(func() {
+			if e.err = s.extractLayer(exCtx, job, e); e.err != nil {
+				cancel()
+			}
+		})
+	}
+	wg.Wait()
+	return s.commitLayers(context.WithoutCancel(ctx), job, chainIDs, todo)
+}
+
+// claim locks the chains from first on that still don't exist. Whoever unpacks the same chain waits here, and then finds
+// it done. Locks are taken from the bottom up, always: that is what keeps two images that share layers from waiting for
+// each other.
+func (s *Store) claim(ctx context.Context, chainIDs []digest.Digest, first int) ([]*extraction, error) {
+	var todo []*extraction
+	for i := first; i < len(chainIDs); i++ {
+		id := chainIDs[i].String()
+		unlock, err := s.unpacks.lock(ctx, id)
+		if err != nil {
+			return todo, err
+		}
+		if _, err := s.snap.Stat(ctx, id); err == nil {
+			unlock()
+			if err := s.leaseSnapshot(ctx, id); err != nil {
+				return todo, err
+			}
+			continue
+		}
+		todo = append(todo, &extraction{i: i, chainID: id, unlock: unlock})
+	}
+	return todo, nil
+}
+
+// firstMissing is the index of the lowest chain without a snapshot. Chains that exist are put under the lease in ctx, so
+// that they aren't collected before they are used.
+func (s *Store) firstMissing(ctx context.Context, chainIDs []digest.Digest) (int, error) {
+	for n := len(chainIDs); n > 0; n-- {
+		id := chainIDs[n-1].String()
+		_, err := s.snap.Stat(ctx, id)
+		if errdefs.IsNotFound(err) {
+			continue
+		}
+		if err != nil {
+			return 0, err
+		}
+		if err := s.leaseSnapshot(ctx, id); err != nil {
+			return 0, err
+		}
+		// It may have gone between the look and the lease.
+		if _, err := s.snap.Stat(ctx, id); err == nil {
+			return n, nil
+		}
+	}
+	return 0, nil
+}
+
+func (s *Store) leaseSnapshot(ctx context.Context, chainID string) error {
+	id, ok := leases.FromContext(ctx)
+	if !ok {
+		return nil
+	}
+	return s.leases.AddResource(ctx, leases.Lease{ID: id}, leases.Resource{ID: chainID, Type: "snapshots/" + SnapshotterName})
+}
+
+// extractLayer extracts one layer into an active snapshot.
+func (s *Store) extractLayer(ctx context.Context, job unpackJob, e *extraction) error {
+	if job.ready != nil {
+		if err := job.ready(ctx, e.i); err != nil {
+			return err
+		}
+	}
+	if err := s.extract.Acquire(ctx, 1); err != nil {
+		return err
+	}
+	defer s.extract.Release(1)
+
+	desc := job.layers[e.i]
+	labels := snapshots.FilterInheritedLabels(desc.Annotations)
+	delete(labels, snapshots.LabelSnapshotUIDMapping) // not for a manifest to say
+	delete(labels, snapshots.LabelSnapshotGIDMapping)
+	key := fmt.Sprintf(snapshots.UnpackKeyFormat, randomID(), e.chainID)
+	mounts, err := s.snap.Prepare(ctx, key, "", snapshots.WithLabels(labels))
+	if err != nil {
+		return fmt.Errorf("prepare snapshot for layer %s: %w", desc.Digest, err)
+	}
+	e.key, e.dir = key, mounts[0].Source // without a parent it is a bind mount of the directory
+	diffID, err := s.extractTo(ctx, desc, e, func(n int64) {
+		if job.progress != nil {
+			job.progress(e.i, layerExtracting, n)
+		}
+	})
+	if err != nil {
+		return fmt.Errorf("failed to register layer %s: %w", desc.Digest, err)
+	}
+	if diffID != job.diffIDs[e.i] {
+		return fault.New(errdefs.ErrFailedPrecondition, "layer %s unpacks to %s, but the image says %s", desc.Digest, diffID, job.diffIDs[e.i])
+	}
+	if job.progress != nil {
+		job.progress(e.i, layerUnpacked, 0)
+	}
+	return nil
+}
+
+// commitLayers commits what was extracted, up to the first failure, and removes the rest.
+func (s *Store) commitLayers(ctx context.Context, job unpackJob, chainIDs []digest.Digest, todo []*extraction) error {
+	var err error
+	var good []*extraction
+	for _, e := range todo {
+		if err == nil && e.err != nil {
+			err = e.err
+		}
+		// What failed because another layer did says so less well than that one.
+		if err != nil && errors.Is(err, context.Canceled) && e.err != nil && !errors.Is(e.err, context.Canceled) {
+			err = e.err
+		}
+		if err == nil {
+			good = append(good, e)
+		} else {
+			s.abandon(ctx, e)
+		}
+	}
+	if len(good) == 0 {
+		return err
+	}
+	ids := make([]string, len(good))
+	for n, e := range good {
+		ids[n] = e.chainID
+	}
+	if jerr := s.unsynced.add(ids); jerr != nil {
+		for _, e := range good {
+			s.abandon(ctx, e)
+		}
+		return errors.Join(err, jerr)
+	}
+	defer s.unsynced.flush()
+	for n, e := range good {
+		cerr := s.inheritDirs(ctx, e, chainIDs)
+		if cerr == nil {
+			cerr = s.commitLayer(ctx, job, chainIDs, e)
+		}
+		if cerr != nil {
+			for _, e := range good[n:] {
+				s.abandon(ctx, e)
+			}
+			return errors.Join(err, cerr)
+		}
+	}
+	return err
+}
+
+func (s *Store) commitLayer(ctx context.Context, job unpackJob, chainIDs []digest.Digest, e *extraction) error {
+	var opts []snapshots.Opt
+	if e.i > 0 {
+		opts = append(opts, snapshots.WithParent(chainIDs[e.i-1].String()))
+	}
+	if err := s.snap.Commit(ctx, e.chainID, e.key, opts...); err != nil {
+		return fmt.Errorf("commit layer %s: %w", job.layers[e.i].Digest, err)
+	}
+	e.key = ""
+	return nil
+}
+
+func (s *Store) abandon(ctx context.Context, e *extraction) {
+	if e.key == "" {
+		return
+	}
+	if err := s.snap.Remove(ctx, e.key); err != nil && !errdefs.IsNotFound(err) {
+		s.log.Warn("remove a half-unpacked layer", "layer", e.chainID, "err", err)
+	}
+	e.key = ""
+}
+
+// extractTo extracts a layer into e.dir and returns the digest of its uncompressed archive.
+func (s *Store) extractTo(ctx context.Context, desc ocispec.Descriptor, e *extraction, progress func(int64)) (digest.Digest, error) {
+	ra, err := s.content.ReaderAt(ctx, desc)
+	if err != nil {
+		return "", err
+	}
+	defer ra.Close()
+	raw := &countingReader{r: content.NewReader(ra), report: progress}
+	plain, err := decompress(raw)
+	if err != nil {
+		return "", err
+	}
+	defer plain.Close()
+	digester := digest.Canonical.Digester()
+	r := io.TeeReader(plain, digester.Hash())
+
+	seen := map[string]bool{} // directories with an entry of their own
+	opts := []archive.ApplyOpt{
+		archive.WithConvertWhiteout(archive.OverlayConvertWhiteout),
+		archive.WithFilter(func(h *tar.Header) (bool, error) {
+			name := path.Join("/", h.Name)
+			for dir := path.Dir(name); dir != "/" && !seen[dir]; dir = path.Dir(dir) {
+				seen[dir] = true
+				e.implicit = append(e.implicit, dir)
+			}
+			if h.Typeflag == tar.TypeDir {
+				seen[name] = true
+			}
+			return true, nil
+		}),
+	}
+	if _, err := archive.Apply(ctx, e.dir, r, opts...); err != nil {
+		return "", err
+	}
+	// Whatever follows the end of the archive is part of the digest too.
+	if _, err := io.Copy(io.Discard, r); err != nil {
+		return "", err
+	}
+	return digester.Digest(), nil
+}
+
+// countingReader reports how much was read, now and then.
+type countingReader struct {
+	r      io.Reader
+	n      int64
+	told   int64
+	report func(int64)
+}
+
+const reportEvery = 512 << 10
+
+func (c *countingReader) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	c.n += int64(n)
+	if c.report != nil && (c.n-c.told >= reportEvery || c.told == 0) {
+		c.told = c.n
+		c.report(c.n)
+	}
+	return n, err
+}
+
+// decompress recognizes gzip and zstd by their first bytes and passes anything else through, as layers' media types don't
+// always tell the truth.
+func decompress(r io.Reader) (io.ReadCloser, error) {
+	br := bufio.NewReaderSize(r, 256<<10)
+	head, err := br.Peek(4)
+	if err != nil && err != io.EOF {
+		return nil, err
+	}
+	switch {
+	case strings.HasPrefix(string(head), "\x1f\x8b"):
+		return gzip.NewReader(br)
+	case strings.HasPrefix(string(head), "\x28\xb5\x2f\xfd"):
+		z, err := zstd.NewReader(br)
+		if err != nil {
+			return nil, err
+		}
+		return z.IOReadCloser(), nil
+	default:
+		return io.NopCloser(br), nil
+	}
+}
+
+// inheritDirs gives directories that a layer's archive only implied the owner, mode, times and attributes they have in the
+// layers below, which are committed by now.
+func (s *Store) inheritDirs(ctx context.Context, e *extraction, chainIDs []digest.Digest) error {
+	if e.i == 0 || len(e.implicit) == 0 {
+		return nil
+	}
+	below, err := s.lowerDirs(ctx, chainIDs[e.i-1].String())
+	if err != nil {
+		return err
+	}
+	// Parents last, so that nothing done below them changes their times again.
+	slices.SortFunc(e.implicit, func(a, b string) int { return len(b) - len(a) })
+	for _, dir := range e.implicit {
+		if err := inheritDir(filepath.Join(e.dir, dir), dir, below); err != nil {
+			return fmt.Errorf("layer %s: %w", e.chainID, err)
+		}
+	}
+	return nil
+}
+
+// lowerDirs are the directories of a chain's snapshots, the top one first.
+func (s *Store) lowerDirs(ctx context.Context, chainID string) ([]string, error) {
+	var dirs []string
+	for name := chainID; name != ""; {
+		info, err := s.snap.Stat(ctx, name)
+		if err != nil {
+			return nil, err
+		}
+		dir := info.Labels["containerd.io/snapshot/overlay.upperdir"]
+		if dir == "" {
+			return nil, fmt.Errorf("snapshot %s has no directory", name)
+		}
+		dirs = append(dirs, dir)
+		name = info.Parent
+	}
+	return dirs, nil
+}
+
+// ensureUnpacked unpacks an image when it isn't, from what is in the content store.
+func (s *Store) ensureUnpacked(ctx context.Context, img *Image) error {
+	if img.ChainID == "" {
+		return nil
+	}
+	if _, err := s.snap.Stat(s.context(ctx), img.ChainID.String()); err == nil {
+		return nil
+	}
+	ctx, done, err := s.lease(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	for _, l := range img.layers {
+		if !images.IsLayerType(l.MediaType) {
+			return fault.New(errdefs.ErrInvalidArgument, "image %s has a layer of the unknown type %s", shortID(img.ID.String()), l.MediaType)
+		}
+	}
+	if err := s.unpack(ctx, unpackJob{layers: img.layers, diffIDs: img.Config.RootFS.DiffIDs}); err != nil {
+		return fmt.Errorf("unpack image %s: %w", shortID(img.ID.String()), err)
+	}
+	return s.refChain(ctx, img)
+}
+
+// refChain lets the image's configuration keep its snapshots, in the way containerd's and BuildKit's collectors know.
+func (s *Store) refChain(ctx context.Context, img *Image) error {
+	label := "containerd.io/gc.ref.snapshot." + SnapshotterName
+	_, err := s.content.Update(ctx, content.Info{
+		Digest: img.ConfigDigest,
+		Labels: map[string]string{label: img.ChainID.String()},
+	}, "labels."+label)
+	return err
+}
