@@ -76,8 +76,10 @@ type stateRecord struct {
 	FinishedAt time.Time
 }
 
-// run is what belongs to one run of a container. Its exported part is stored under the exec root while it lasts.
+// run is what belongs to one run of a container. Its exported part is stored in the container's directory while it lasts.
 type run struct {
+	// Boot is the kernel's ID of the boot the run belongs to: after another one, nothing of it can be there.
+	Boot      string
 	PID       int
 	StartedAt time.Time
 	Sandbox   *network.Sandbox
@@ -150,10 +152,11 @@ func (e *Engine) save(c *Container) error {
 	return nil
 }
 
-// runFile lives with the boot: after a reboot it is gone with everything it speaks of.
-func (e *Engine) runFile(id string) string { return filepath.Join(e.cfg.ExecRoot, "run", id+".json") }
+// runFile says that a container runs, and what a restarted daemon must know of that run.
+func (e *Engine) runFile(id string) string { return filepath.Join(e.dir(id), "run.json") }
 
-// saveRun stores what a restarted daemon must know of a run; it survives the daemon, not the host.
+// saveRun writes the run file. It is there for a daemon that dies; a host that dies has nothing left to take back, so
+// that nobody waits for the disk here.
 func (e *Engine) saveRun(id string, r *run) error {
 	raw, err := json.Marshal(r)
 	if err != nil {
@@ -170,4 +173,3 @@ func writeFile(path string, data []byte) error {
 	}
 	return os.Rename(tmp, path)
 }
-

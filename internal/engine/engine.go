@@ -2,8 +2,8 @@
 // order, and what is undone when a step fails. It composes the rooms below (images, networks, volumes, isolation
 // drivers) and knows none of their inner workings, nor anything of HTTP.
 //
-// A container is a durable record in the state store, written once when it is created, and a run file under the exec
-// root for as long as it runs. After the daemon died, Restore compares both with what the keeper still holds and goes
+// A container is a durable record in the state store, written once when it is created, and a run file in its directory for
+// as long as it runs. After the daemon died, Restore compares both with what the keeper still holds and goes
 // on from there.
 //
 // Locks, in this order: Container.life (one lifecycle operation at a time; held while starting, never while waiting for
@@ -97,6 +97,7 @@ type Deps struct {
 // Engine is safe for concurrent use.
 type Engine struct {
 	cfg     Config
+	boot    string // the kernel's ID of this boot
 	log     *slog.Logger
 	records *state.Bucket[*record]
 	images  *image.Store
@@ -123,17 +124,19 @@ func New(cfg Config, deps Deps) (*Engine, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, dir := range []string{filepath.Join(cfg.DataRoot, "containers"), filepath.Join(cfg.ExecRoot, "run")} {
-		if err := os.MkdirAll(dir, 0o710); err != nil {
-			return nil, err
-		}
+	if err := os.MkdirAll(filepath.Join(cfg.DataRoot, "containers"), 0o710); err != nil {
+		return nil, err
+	}
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return nil, err
 	}
 	if cfg.ShmSize == 0 {
 		cfg.ShmSize = 64 << 20
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	e := &Engine{
-		cfg: cfg, log: deps.Log, records: records, images: deps.Images, nets: deps.Networks, volumes: deps.Volumes,
+		cfg: cfg, boot: strings.TrimSpace(string(boot)), log: deps.Log, records: records, images: deps.Images, nets: deps.Networks, volumes: deps.Volumes,
 		drivers: deps.Drivers, check: deps.ValidateIsolation, events: deps.Events, execs: newExecTable(),
 		ctx: ctx, cancel: cancel, byID: map[string]*Container{}, names: map[string]string{},
 	}

@@ -1,0 +1,180 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/events"
+
+	"dolium/internal/fault"
+	"dolium/internal/isolation"
+	"dolium/internal/network"
+)
+
+// ContainerStart runs a container. Errors: ErrNotFound, ErrNotModified when it runs already, ErrConflict when it is being
+// removed, ErrInvalidArgument when its program can't be executed; after an error nothing of the attempt is left.
+func (e *Engine) ContainerStart(ctx context.Context, ref string) error {
+	c, err := e.lookup(ref)
+	if err != nil {
+		return err
+	}
+	c.life.Lock()
+	defer c.life.Unlock()
+	c.mu.Lock()
+	running, paused := c.run != nil, c.run != nil && c.run.Paused
+	c.cancelRestart()
+	c.backoff = 0
+	c.mu.Unlock()
+	switch {
+	case paused:
+		return wrongState("cannot start a paused container, try unpause instead")
+	case running:
+		return errNotModified
+	}
+	// A start must complete or be undone, whether or not the client stays.
+	err = e.start(context.WithoutCancel(ctx), c)
+	if err != nil && c.rec.HostConfig.AutoRemove {
+		if rerr := e.remove(context.WithoutCancel(ctx), c, RemoveOptions{Volumes: true}); rerr != nil {
+			e.log.Warn("container that failed to start is left", "container", c.ID(), "error", rerr)
+		}
+	}
+	return err
+}
+
+// start runs a container that isn't running. Call with life held.
+func (e *Engine) start(ctx context.Context, c *Container) error {
+	rec, _ := c.snapshot()
+	c.mu.Lock()
+	removed := c.removed
+	c.mu.Unlock()
+	if removed {
+		return wrongState("container is marked for removal and cannot be started")
+	}
+	r, err := e.launch(ctx, c, &rec)
+	if err != nil {
+		c.refuseStreams()
+		return e.startFailed(c, err)
+	}
+
+	c.mu.Lock()
+	c.run = r
+	c.rec.ManuallyStopped = false
+	c.rec.State = stateRecord{Status: container.StateRunning, StartedAt: r.StartedAt, FinishedAt: c.rec.State.FinishedAt}
+	if !c.rec.HostConfig.RestartPolicy.IsNone() && !c.rec.ShouldRun {
+		// Only a container that is to come back after a reboot needs to be known to run after one.
+		c.rec.ShouldRun = true
+		err = e.save(c)
+	}
+	c.mu.Unlock()
+	if err != nil {
+		e.log.Warn("container runs, but won't be started again after a reboot", "container", rec.ID, "error", err)
+	}
+	e.background(func(ctx context.Context) { e.watch(ctx, c, r) })
+	e.startHealth(c)
+	e.containerEvent(c, events.ActionStart, nil)
+	return nil
+}
+
+// launch takes the steps of a start, each with its undo.
+func (e *Engine) launch(ctx context.Context, c *Container, rec *record) (_ *run, err error) {
+	driver, err := e.driver(rec.HostConfig.Isolation)
+	if err != nil {
+		return nil, err
+	}
+	var u undo
+	defer u.run()
+
+	links, env, err := e.links(rec)
+	if err != nil {
+		return nil, err
+	}
+	rootfs, err := e.images.MountLayer(ctx, rec.ID)
+	if err != nil {
+		return nil, err
+	}
+	u.add(func() { e.images.UnmountLayer(ctx, rec.ID) })
+	mounts, err := e.mountSources(ctx, rec, &u)
+	if err != nil {
+		return nil, err
+	}
+	if err := e.mountShm(rec, &u); err != nil {
+		return nil, err
+	}
+	r := &run{Boot: e.boot, ended: make(chan struct{})}
+	if r.NetSpec = e.netSpec(rec); r.NetSpec != nil {
+		r.NetSpec.Links = links
+		if r.Sandbox, err = e.nets.Start(ctx, r.NetSpec); err != nil {
+			return nil, fault.New(kindOf(err), "failed to set up container networking: %w", err)
+		}
+		u.add(func() { e.nets.Stop(ctx, rec.ID) })
+	} else {
+		r.Sandbox = &network.Sandbox{}
+	}
+	spec, err := e.spec(rec, rootfs, r.Sandbox, mounts, env)
+	if err != nil {
+		return nil, err
+	}
+	// Written before anything runs: should the daemon die from here on, the next one knows what to look for.
+	u.add(func() { os.Remove(e.runFile(rec.ID)) })
+	if err := e.saveRun(rec.ID, r); err != nil {
+		return nil, err
+	}
+	if r.inst, err = driver.Create(ctx, spec); err != nil {
+		return nil, err
+	}
+	u.add(func() { r.inst.Delete(ctx) })
+	if err := c.handStreams(ctx, r.inst); err != nil {
+		return nil, err
+	}
+	if err := r.inst.Start(ctx); err != nil {
+		return nil, err
+	}
+	r.PID, r.StartedAt = r.inst.PID(), time.Now().UTC()
+	if err := e.saveRun(rec.ID, r); err != nil {
+		return nil, err
+	}
+	u.done()
+	return r, nil
+}
+
+// kindOf is the kind of an error for one that wraps it with other words.
+func kindOf(err error) error {
+	for _, kind := range []error{errdefs.ErrInvalidArgument, errdefs.ErrNotFound, errdefs.ErrConflict, errdefs.ErrAlreadyExists, errdefs.ErrFailedPrecondition, errdefs.ErrPermissionDenied, errdefs.ErrUnimplemented} {
+		if errors.Is(err, kind) {
+			return kind
+		}
+	}
+	return errdefs.ErrInternal
+}
+
+// startFailed records why a start failed, with Docker's exit codes for programs that can't be run.
+func (e *Engine) startFailed(c *Container, err error) error {
+	code, kind := 128, kindOf(err)
+	switch {
+	case errors.Is(err, isolation.ErrCommandNotFound):
+		code, kind = 127, errdefs.ErrInvalidArgument
+	case errors.Is(err, isolation.ErrCommandNotExecutable):
+		code, kind = 126, errdefs.ErrInvalidArgument
+	}
+	text := err.Error()
+	if code != 128 {
+		text = fmt.Sprintf("unable to start container process: %s", err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.rec.State.ExitCode, c.rec.State.Error = code, text
+	if c.rec.State.Status == container.StateRestarting {
+		c.rec.State.Status = container.StateExited
+	}
+	if serr := e.save(c); serr != nil {
+		e.log.Warn("failed start not recorded", "container", c.rec.ID, "error", serr)
+	}
+	// Clients of `docker run` wait for the next exit before they start: this is it.
+	c.notify()
+	return fault.New(kind, "%s", text)
+}
