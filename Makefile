@@ -1,0 +1,61 @@
+# Dolium. `make demo` shows it, `make test` tests it; the rest is for developing it.
+GO ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+COMMIT ?= $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
+PREFIX ?= /usr/local
+LDFLAGS = -s -w -X dolium/internal/daemonconf.Version=$(VERSION) -X dolium/internal/daemonconf.Commit=$(COMMIT)
+GOBUILD = $(GO) build -trimpath -tags seccomp -ldflags '$(LDFLAGS)'
+
+.PHONY: all build deps demo demo-stop test unit e2e lint bench install uninstall clean
+
+all: build
+
+## build: the four binaries, in bin/
+build: deps
+	@mkdir -p bin
+	CGO_ENABLED=0 $(GOBUILD) -o bin/dolium ./cmd/dolium
+	CGO_ENABLED=0 $(GOBUILD) -o bin/doliumd ./cmd/doliumd
+	CGO_ENABLED=1 $(GOBUILD) -o bin/dolium-keeper ./cmd/dolium-keeper
+	CGO_ENABLED=0 $(GOBUILD) -o bin/dolium-guest ./cmd/dolium-guest
+
+## deps: the packages that building needs, where they are missing
+deps:
+	@scripts/deps.sh build
+
+## demo: install what is missing, build, start the daemon and run the voting app
+demo: build
+	@scripts/demo.sh
+
+## demo-stop: stop what `make demo` started
+demo-stop:
+	@scripts/demo-stop.sh
+
+## test: everything that must hold; prints what it skipped and why
+test:
+	@scripts/test.sh
+
+## unit, e2e: parts of it
+unit:
+	@scripts/test.sh unit
+e2e:
+	@scripts/test.sh e2e
+
+lint:
+	@scripts/test.sh lint
+
+## bench: speed and memory beside the peers that are installed (see docs/bench.md)
+bench: build
+	$(GO) run ./bench
+
+## install: binaries and a systemd unit; restarting the daemon leaves workloads running
+install: build
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install -m 0755 bin/dolium bin/doliumd bin/dolium-keeper bin/dolium-guest $(DESTDIR)$(PREFIX)/bin/
+	@PREFIX=$(PREFIX) DESTDIR=$(DESTDIR) packaging/install-units.sh
+
+uninstall:
+	@PREFIX=$(PREFIX) DESTDIR=$(DESTDIR) packaging/install-units.sh --remove
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,dolium doliumd dolium-keeper dolium-guest)
+
+clean:
+	rm -rf bin

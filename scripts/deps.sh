@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Installs the Debian or Ubuntu packages that building, the demo or the tests need, where they are missing.
+# Usage: scripts/deps.sh build|demo|test
+set -euo pipefail
+
+# What must be there, and the package that brings it: a program's name, or a file.
+build=(gcc:gcc pkg-config:pkg-config /usr/include/seccomp.h:libseccomp-dev)
+demo=("${build[@]}" mmdebstrap:mmdebstrap curl:curl /bin/busybox:busybox-static ps:procps)
+test=("${demo[@]}" nft:nftables ip:iproute2 chromium:chromium shellcheck:shellcheck git:git)
+
+case "${1:-}" in
+  build) wanted=("${build[@]}") ;;
+  demo) wanted=("${demo[@]}") ;;
+  test) wanted=("${test[@]}") ;;
+  *) echo "usage: $0 build|demo|test" >&2; exit 2 ;;
+esac
+
+command -v "${GO:-go}" >/dev/null || { echo "Go is missing: install Go 1.26 or newer, see https://go.dev/dl" >&2; exit 1; }
+
+missing=()
+for entry in "${wanted[@]}"; do
+  need=${entry%%:*}
+  if [[ $need == /* ]]; then [[ -e $need ]] || missing+=("${entry#*:}")
+  else command -v "$need" >/dev/null || missing+=("${entry#*:}"); fi
+done
+[[ ${#missing[@]} -eq 0 ]] && exit 0
+
+if ! command -v apt-get >/dev/null; then
+  echo "missing packages: ${missing[*]} (no apt-get here: install them by your distribution's means)" >&2
+  exit 1
+fi
+if [[ $(id -u) -ne 0 ]]; then
+  echo "missing packages: ${missing[*]}; run as root, or: apt-get install ${missing[*]}" >&2
+  exit 1
+fi
+echo "installing: ${missing[*]}"
+export DEBIAN_FRONTEND=noninteractive
+apt-get install -y --no-install-recommends "${missing[@]}" >/dev/null 2>&1 ||
+  { apt-get update >/dev/null && apt-get install -y --no-install-recommends "${missing[@]}" >/dev/null; }
