@@ -15,7 +15,6 @@ import (
 	dockercli "github.com/docker/cli/cli"
 	pluginmanager "github.com/docker/cli/cli-plugins/manager"
 	"github.com/docker/cli/cli/command"
-	"github.com/docker/cli/cli/command/commands"
 	cliflags "github.com/docker/cli/cli/flags"
 	cliversion "github.com/docker/cli/cli/version"
 	"github.com/moby/moby/client"
@@ -98,6 +97,12 @@ func run(ctx context.Context, dockerCLI *command.DockerCli, version string) erro
 	if err != nil {
 		return err
 	}
+	name := ""
+	if len(args) > 0 {
+		name = args[0]
+	}
+	addCommands(root, dockerCLI, name)
+	checkSupportBeforeArgs(root, dockerCLI)
 	onDefaultSocket := false
 	if err := top.Initialize(command.WithContextResolver(func(c *command.DockerCli) (string, error) {
 		onDefaultSocket = useDefaultHost(c, opts)
@@ -176,8 +181,6 @@ func rootCommand(dockerCLI *command.DockerCli, version string) (*cobra.Command, 
 	completeGlobalFlags(root, dockerCLI)
 	explainUnsupported(root, dockerCLI)
 	addPluginHelp(root, help, dockerCLI)
-	commands.AddCommands(root, dockerCLI)
-	checkSupportBeforeArgs(root, dockerCLI)
 	return root, opts
 }
 

@@ -1,0 +1,1 @@
+// Empty: a file of this kind allows declarations without a body, as commands.go has for go:linkname.
