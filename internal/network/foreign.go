@@ -1,0 +1,4 @@
+package network
+
+func (c *Controller) openForeign()     {}
+func (c *Controller) closeForeign(*nw) {}
