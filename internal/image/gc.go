@@ -18,7 +18,7 @@ import (
 // Leases keep garbage collection off what no image refers to (yet):
 //
 //	op/<random>     content of one operation; ends with it, or within a day when the daemon was killed
-//	pull/<name>     content of a pull that hasn't ended well; the next pull of the name finds it again for a day
+//	pull/<name>#... content of a pull that hasn't ended well; the next pull of the name finds it again for a day
 //	chain/<chainID> the snapshots under containers' writable layers
 const (
 	opLease    = "op/"
@@ -26,8 +26,6 @@ const (
 	chainLease = "chain/"
 
 	leaseLife = 24 * time.Hour
-	// staleLabel marks the leases that a prune may drop.
-	staleLabel = "dolium.io/lease"
 )
 
 func (s *Store) context(ctx context.Context) context.Context {
@@ -43,7 +41,7 @@ func (s *Store) lease(ctx context.Context) (_ context.Context, done func(), err 
 	l, err := s.leases.Create(ctx, leases.WithRandomID(), func(l *leases.Lease) error {
 		l.ID = opLease + l.ID
 		return nil
-	}, leases.WithExpiration(leaseLife), leases.WithLabel(staleLabel, "op"))
+	}, leases.WithExpiration(leaseLife))
 	if err != nil {
 		return nil, nil, fmt.Errorf("make a lease: %w", err)
 	}
@@ -57,28 +55,36 @@ func (s *Store) endLease(ctx context.Context, id string) {
 	}
 }
 
-// namedLease is lease for an operation whose content should be found again by the next of its name: done(false) keeps it.
-func (s *Store) namedLease(ctx context.Context, id string) (_ context.Context, done func(finished bool), err error) {
+// leasePull is lease for a pull: what it wrote is kept when it fails, for the next pull of the name, which releases what
+// all of them left when it succeeds.
+func (s *Store) leasePull(ctx context.Context, name string) (_ context.Context, done func(finished bool), err error) {
 	ctx = s.context(ctx)
-	_, err = s.leases.Create(ctx, leases.WithID(id), leases.WithExpiration(leaseLife), leases.WithLabel(staleLabel, "pull"))
-	if err != nil && !errdefs.IsAlreadyExists(err) {
+	prefix := pullLease + name + "#"
+	id := prefix + randomID()
+	s.active.Store(id, struct{}{})
+	if _, err = s.leases.Create(ctx, leases.WithID(id), leases.WithExpiration(leaseLife)); err != nil {
+		s.active.Delete(id)
 		return nil, nil, fmt.Errorf("make a lease: %w", err)
 	}
 	return leases.WithLease(ctx, id), func(finished bool) {
-		if finished {
-			s.endLease(ctx, id)
+		s.active.Delete(id)
+		if !finished {
+			return
+		}
+		if err := s.dropLeases(context.WithoutCancel(ctx), prefix); err != nil {
+			s.log.Warn("end leases of a pull", "image", name, "err", err)
 		}
 	}, nil
 }
 
-// dropLeases ends every lease whose ID has the prefix.
+// dropLeases ends every lease whose ID has the prefix and that no operation is using.
 func (s *Store) dropLeases(ctx context.Context, prefix string) error {
 	all, err := s.leases.List(ctx)
 	if err != nil {
 		return err
 	}
 	for _, l := range all {
-		if strings.HasPrefix(l.ID, prefix) {
+		if _, used := s.active.Load(l.ID); !used && strings.HasPrefix(l.ID, prefix) {
 			if err := s.leases.Delete(ctx, l); err != nil && !errdefs.IsNotFound(err) {
 				return err
 			}
@@ -105,17 +111,34 @@ func (s *Store) collect(ctx context.Context) error {
 }
 
 // collectIfStale collects at start-up when a killed daemon left leases of unfinished operations, so that a plain start
-// stays fast.
+// stays fast. What it was extracting is removed; what it had downloaded stays for the next pull.
 func (s *Store) collectIfStale(ctx context.Context) error {
 	all, err := s.leases.List(ctx)
 	if err != nil {
 		return err
 	}
-	if !slices.ContainsFunc(all, func(l leases.Lease) bool { return strings.HasPrefix(l.ID, opLease) }) {
+	if !slices.ContainsFunc(all, func(l leases.Lease) bool {
+		return strings.HasPrefix(l.ID, opLease) || strings.HasPrefix(l.ID, pullLease)
+	}) {
 		return nil
 	}
 	if err := s.dropLeases(ctx, opLease); err != nil {
 		return err
+	}
+	var half []string
+	err = s.snap.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
+		if strings.HasPrefix(info.Name, snapshots.UnpackKeyPrefix) && info.Kind == snapshots.KindActive {
+			half = append(half, info.Name)
+		}
+		return nil
+	})
+	if err != nil && !errdefs.IsNotFound(err) {
+		return err
+	}
+	for _, name := range half {
+		if err := s.snap.Remove(ctx, name); err != nil && !errdefs.IsNotFound(err) {
+			return fmt.Errorf("remove half-unpacked layer %s: %w", name, err)
+		}
 	}
 	return s.collect(ctx)
 }

@@ -9,8 +9,9 @@ import (
 	"github.com/sirupsen/logrus"
 )
 
-// libraryLog is what containerd's libraries are given to log to, in their context; it writes to slog.
-func libraryLog(to *slog.Logger) *log.Entry {
+// LibraryLog is what containerd's libraries are given to log to, in their context; it writes to slog. Where they have no
+// context they use the global log.L, which is for a program's main to set, to this for example.
+func LibraryLog(to *slog.Logger) *log.Entry {
 	l := logrus.New()
 	l.SetOutput(io.Discard)
 	l.SetLevel(logrus.WarnLevel)

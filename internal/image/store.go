@@ -97,9 +97,10 @@ type Store struct {
 	parsed   parsedCache
 	usages   usageCache
 	chains   *chainTable
-	layers   *keyed // serializes work on one container layer
-	unpacks  *keyed // serializes extraction of one chain
-	pulls    *keyed // serializes download of one blob
+	layers   *keyed   // serializes work on one container layer
+	unpacks  *keyed   // serializes extraction of one chain
+	pulls    *keyed   // serializes download of one blob
+	active   sync.Map // IDs of pull leases in use
 	extract  *semaphore.Weighted
 	unsynced *syncJournal
 
@@ -133,7 +134,7 @@ func New(ctx context.Context, cfg Config) (_ *Store, retErr error) {
 		}
 	}
 	s := &Store{
-		cfg: cfg, log: cfg.Log, liblog: libraryLog(cfg.Log), inUse: cfg.InUse,
+		cfg: cfg, log: cfg.Log, liblog: LibraryLog(cfg.Log), inUse: cfg.InUse,
 		layers: newKeyed(), unpacks: newKeyed(), pulls: newKeyed(),
 		extract: semaphore.NewWeighted(int64(max(2, runtime.GOMAXPROCS(0)))),
 	}
