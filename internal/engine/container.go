@@ -27,8 +27,8 @@ type Container struct {
 	rec record
 	run *run // nil when nothing runs
 
-	// attaching are clients that attached before the start; each gets the stream of the next run, or is closed.
-	attaching []chan<- isolation.Stream
+	// attaching are clients that attached before the start; each gets a stream of the next run, or is refused.
+	attaching []*attacher
 	// waiting are ContainerWait calls by condition.
 	waiting []waiter
 	// restart cancels a pending restart by policy; nil when none is pending.

@@ -1,0 +1,160 @@
+package engine
+
+import (
+	"context"
+	"io"
+	"maps"
+	"slices"
+
+	"github.com/distribution/reference"
+	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/events"
+
+	"dolium/internal/fault"
+	"dolium/internal/image"
+)
+
+// CommitOptions: Repo and Tag name the image (none leaves it without a name), Config replaces the container's where it
+// says something, Changes are Dockerfile instructions, Pause stops the container meanwhile.
+type CommitOptions struct {
+	Repo, Tag, Author, Comment string
+	Pause                      bool
+	Config                     *container.Config
+	Changes                    []string
+}
+
+// ContainerCommit makes an image of a container's root and returns its ID. Errors: ErrNotFound, ErrInvalidArgument (name,
+// changes).
+func (e *Engine) ContainerCommit(ctx context.Context, ref string, o CommitOptions) (string, error) {
+	name, err := commitName(o.Repo, o.Tag)
+	if err != nil {
+		return "", err
+	}
+	c, err := e.lookup(ref)
+	if err != nil {
+		return "", err
+	}
+	rec, r := c.snapshot()
+	cfg := *rec.Config
+	if o.Config != nil {
+		cfg = *o.Config
+	}
+	if err := image.ApplyChanges(&cfg, o.Changes); err != nil {
+		return "", err
+	}
+	completeConfig(&cfg, rec.Config)
+	var parent *image.Image
+	if rec.ImageID != "" {
+		platform := rec.Platform
+		if parent, err = e.images.Resolve(ctx, rec.ImageID.String(), &platform); err != nil {
+			return "", err
+		}
+	}
+	if o.Pause && r != nil && !r.Paused {
+		if err := e.ContainerPause(ctx, rec.ID); err != nil {
+			e.log.Warn("container committed without pausing it", "container", rec.ID, "error", err)
+		} else {
+			defer func() {
+				if err := e.ContainerUnpause(context.WithoutCancel(ctx), rec.ID); err != nil {
+					e.log.Warn("container stays paused after commit", "container", rec.ID, "error", err)
+				}
+			}()
+		}
+	}
+	img, err := e.images.Commit(ctx, image.CommitOptions{
+		LayerID: rec.ID, Parent: parent, Ref: name, Config: &cfg, Author: o.Author, Comment: o.Comment,
+	})
+	if err != nil {
+		return "", err
+	}
+	e.containerEvent(c, events.ActionCommit, map[string]string{"comment": o.Comment, "imageID": img.ID.String(), "imageRef": name})
+	return img.ID.String(), nil
+}
+
+// commitName joins repository and tag; both empty is no name. Error: ErrInvalidArgument.
+func commitName(repo, tag string) (string, error) {
+	if repo == "" {
+		return "", nil
+	}
+	named, err := reference.ParseNormalizedNamed(repo)
+	if err != nil {
+		return "", invalid("%w", err)
+	}
+	if _, ok := named.(reference.Digested); ok {
+		return "", invalid("cannot commit to digest reference")
+	}
+	if tag != "" {
+		if named, err = reference.WithTag(reference.TrimNamed(named), tag); err != nil {
+			return "", invalid("%w", err)
+		}
+	}
+	return reference.FamiliarString(reference.TagNameOnly(named)), nil
+}
+
+// completeConfig fills what cfg leaves open with the container's own configuration.
+func completeConfig(cfg, from *container.Config) {
+	replaceEmpty(&cfg.User, from.User)
+	replaceEmpty(&cfg.WorkingDir, from.WorkingDir)
+	replaceEmpty(&cfg.StopSignal, from.StopSignal)
+	cfg.ExposedPorts = union(cfg.ExposedPorts, from.ExposedPorts)
+	cfg.Volumes = union(cfg.Volumes, from.Volumes)
+	cfg.Labels = union(cfg.Labels, from.Labels)
+	cfg.Env = mergeEnv(from.Env, cfg.Env)
+	if len(cfg.Entrypoint) == 0 {
+		if len(cfg.Cmd) == 0 {
+			cfg.Cmd = from.Cmd
+		}
+		if cfg.Entrypoint == nil {
+			cfg.Entrypoint = from.Entrypoint
+		}
+	}
+	if from.Healthcheck != nil {
+		own := container.HealthConfig{}
+		if cfg.Healthcheck != nil {
+			own = *cfg.Healthcheck
+		}
+		cfg.Healthcheck = &own
+		mergeHealthcheck(cfg, from.Healthcheck)
+	}
+	if len(cfg.Shell) == 0 {
+		cfg.Shell = slices.Clone(from.Shell)
+	}
+}
+
+func replaceEmpty(to *string, with string) {
+	if *to == "" {
+		*to = with
+	}
+}
+
+// union returns both; the first wins. Neither is changed.
+func union[K comparable, V any](a, b map[K]V) map[K]V {
+	if len(b) == 0 {
+		return a
+	}
+	out := maps.Clone(b)
+	maps.Copy(out, a)
+	return out
+}
+
+// ContainerChanges lists what a container has changed in its root. Error: ErrNotFound.
+func (e *Engine) ContainerChanges(ctx context.Context, ref string) ([]container.FilesystemChange, error) {
+	c, err := e.lookup(ref)
+	if err != nil {
+		return nil, err
+	}
+	return e.images.LayerDiff(ctx, c.ID())
+}
+
+// ContainerExport writes a container's root as a tar archive, without its mounts. Error: ErrNotFound.
+func (e *Engine) ContainerExport(ctx context.Context, ref string, w io.Writer) error {
+	c, err := e.lookup(ref)
+	if err != nil {
+		return err
+	}
+	if err := e.images.Export(ctx, c.ID(), w); err != nil {
+		return fault.New(kindOf(err), "Error exporting container %s: %w", ref, err)
+	}
+	e.containerEvent(c, events.ActionExport, nil)
+	return nil
+}
