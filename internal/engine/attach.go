@@ -161,6 +161,8 @@ func (e *Engine) ContainerAttach(ctx context.Context, ref string, o AttachOption
 	}
 	return Attachment{TTY: rec.Config.Tty, Serve: func(ctx context.Context, conn Conn) error {
 		defer conn.Close()
+		ctx, cancel := e.within(ctx)
+		defer cancel()
 		if o.Logs {
 			if err := e.replay(ctx, &rec, o, conn); err != nil {
 				return err
@@ -190,6 +192,16 @@ func (e *Engine) ContainerAttach(ctx context.Context, ref string, o AttachOption
 		}
 		return err
 	}}, nil
+}
+
+// within returns a context that also ends with the engine, for serving clients.
+func (e *Engine) within(ctx context.Context) (context.Context, func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(e.ctx, cancel)
+	return ctx, func() {
+		stop()
+		cancel()
+	}
 }
 
 // connect attaches a to the present run, or lets it wait for the next.

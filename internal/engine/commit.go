@@ -35,10 +35,11 @@ func (e *Engine) ContainerCommit(ctx context.Context, ref string, o CommitOption
 		return "", err
 	}
 	rec, r := c.snapshot()
-	cfg := *rec.Config
+	from := rec.Config
 	if o.Config != nil {
-		cfg = *o.Config
+		from = o.Config
 	}
+	cfg := cloneConfig(from)
 	if err := image.ApplyChanges(&cfg, o.Changes); err != nil {
 		return "", err
 	}
@@ -119,6 +120,18 @@ func completeConfig(cfg, from *container.Config) {
 	if len(cfg.Shell) == 0 {
 		cfg.Shell = slices.Clone(from.Shell)
 	}
+}
+
+// cloneConfig copies what changes may change in place.
+func cloneConfig(from *container.Config) container.Config {
+	cfg := *from
+	cfg.Env, cfg.Cmd, cfg.Entrypoint, cfg.Shell, cfg.OnBuild = slices.Clone(from.Env), slices.Clone(from.Cmd), slices.Clone(from.Entrypoint), slices.Clone(from.Shell), slices.Clone(from.OnBuild)
+	cfg.ExposedPorts, cfg.Volumes, cfg.Labels = maps.Clone(from.ExposedPorts), maps.Clone(from.Volumes), maps.Clone(from.Labels)
+	if from.Healthcheck != nil {
+		h := *from.Healthcheck
+		cfg.Healthcheck = &h
+	}
+	return cfg
 }
 
 func replaceEmpty(to *string, with string) {

@@ -221,7 +221,11 @@ func (e *Engine) ExecStart(ctx context.Context, execID string, o ExecStartOption
 	// A client that is lost before Serve leaves an exec that never ran.
 	unserved := context.AfterFunc(ctx, func() { x.failed(126) })
 	return Attachment{TTY: o.Tty, Serve: func(ctx context.Context, conn Conn) error {
-		unserved()
+		if !unserved() {
+			return conn.Close()
+		}
+		ctx, cancel := e.within(ctx)
+		defer cancel()
 		opts := isolation.AttachOptions{Stdin: x.req.AttachStdin, Stdout: x.req.AttachStdout, Stderr: x.req.AttachStderr}
 		stream, err := e.startExec(context.WithoutCancel(ctx), x, inst, &opts)
 		if err != nil {
@@ -374,6 +378,8 @@ func (c *Container) forgetExec(id string) {
 // dropExecs ends the execs of a container whose run has ended: those that ran died with it, and none can be started any
 // more. They can be inspected for a while.
 func (e *Engine) dropExecs(c *Container) {
+	grace, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+	defer cancel()
 	for _, x := range e.execs.of(c) {
 		x.mu.Lock()
 		ran := x.proc != nil
@@ -383,10 +389,10 @@ func (e *Engine) dropExecs(c *Container) {
 			e.execs.forgetUnstarted(x)
 			continue
 		}
-		// Its watcher usually has the real exit code; it gets a moment to say so.
+		// Their watchers usually have the real exit codes; they get a moment to say so.
 		select {
 		case <-x.ended:
-		case <-time.After(100 * time.Millisecond):
+		case <-grace.Done():
 			if x.end(128 + int(syscall.SIGKILL)) {
 				e.containerEvent(c, events.ActionExecDie, map[string]string{"execID": x.id, "exitCode": "137"})
 			}

@@ -47,14 +47,14 @@ type healthMonitor struct {
 	cancel context.CancelFunc
 }
 
-// healthFile is what survives the daemon, not the host.
+// healthFile is what survives the daemon; the start of the run in it tells whether it is still true.
 type healthFile struct {
 	StartedAt time.Time
 	Health    *container.Health
 }
 
 func (e *Engine) healthPath(id string) string {
-	return filepath.Join(e.cfg.ExecRoot, "health", id+".json")
+	return filepath.Join(e.dir(id), "health.json")
 }
 
 // probe is the command of a healthcheck, nil when there is none.
@@ -158,9 +158,7 @@ func (e *Engine) savedHealth(id string, startedAt time.Time) *container.Health {
 func (e *Engine) saveHealth(id string, startedAt time.Time, h *container.Health) {
 	raw, err := json.Marshal(healthFile{startedAt, h})
 	if err == nil {
-		if err = os.MkdirAll(filepath.Dir(e.healthPath(id)), 0o700); err == nil {
-			err = writeFile(e.healthPath(id), raw)
-		}
+		err = writeFile(e.healthPath(id), raw)
 	}
 	if err != nil {
 		e.log.Warn("health not recorded; it begins anew should the daemon restart", "container", id, "error", err)

@@ -123,7 +123,7 @@ func (e *Engine) linksInspected(rec *record) []string {
 
 func (e *Engine) networkSettings(v *view) *container.NetworkSettings {
 	s := &container.NetworkSettings{Ports: apinetwork.PortMap{}, Networks: map[string]*apinetwork.EndpointSettings{}}
-	for name, es := range endpointsNow(&v.rec, v.run) {
+	for name, es := range e.endpointsNow(&v.rec, v.run) {
 		if es == nil {
 			es = &apinetwork.EndpointSettings{}
 		}

@@ -82,7 +82,7 @@ func (e *Engine) ContainerList(ctx context.Context, o ListOptions) ([]container.
 			continue
 		}
 		s := v.summary()
-		s.Mounts = e.apiMounts(&v.rec)
+		s.Mounts, s.NetworkSettings = e.apiMounts(&v.rec), &container.NetworkSettingsSummary{Networks: networksSummary(e.endpointsNow(&v.rec, v.run))}
 		s.Image = images.shown(ctx, &v.rec)
 		summaries = append(summaries, s)
 	}
@@ -135,15 +135,14 @@ func (n *imageNames) shown(ctx context.Context, rec *record) string {
 	return name
 }
 
-// summary is the container as lists show it, without its image's name, its size and its mounts.
+// summary is the container as lists show it, but for what only the engine knows.
 func (v *view) summary() container.Summary {
 	rec := &v.rec
 	s := container.Summary{
 		ID: rec.ID, Names: []string{"/" + rec.Name}, ImageID: rec.ImageID.String(), Command: commandText(rec),
 		Created: rec.Created.Unix(), Ports: portSummaries(v.run), Labels: rec.Config.Labels,
 		State: v.status, Status: v.statusText(time.Now()),
-		Health:          &container.HealthSummary{Status: container.NoHealthcheck},
-		NetworkSettings: &container.NetworkSettingsSummary{Networks: networksSummary(rec, v.run)},
+		Health: &container.HealthSummary{Status: container.NoHealthcheck},
 	}
 	if s.Labels == nil {
 		s.Labels = map[string]string{}
@@ -236,9 +235,9 @@ func portSummaries(r *run) []container.PortSummary {
 }
 
 // networksSummary is what lists show of each network.
-func networksSummary(rec *record, r *run) map[string]*apinetwork.EndpointSettings {
+func networksSummary(endpoints map[string]*apinetwork.EndpointSettings) map[string]*apinetwork.EndpointSettings {
 	out := map[string]*apinetwork.EndpointSettings{}
-	for name, es := range endpointsNow(rec, r) {
+	for name, es := range endpoints {
 		if es == nil {
 			continue
 		}
@@ -255,12 +254,27 @@ func networksSummary(rec *record, r *run) map[string]*apinetwork.EndpointSetting
 	return out
 }
 
-// endpointsNow are the endpoints of a run, or what was asked for when nothing runs.
-func endpointsNow(rec *record, r *run) map[string]*apinetwork.EndpointSettings {
+// endpointsNow are the endpoints of a run by network name, or what was asked for when nothing runs.
+func (e *Engine) endpointsNow(rec *record, r *run) map[string]*apinetwork.EndpointSettings {
 	if r != nil && r.Sandbox != nil {
 		return r.Sandbox.Endpoints
 	}
-	return rec.Endpoints
+	out := make(map[string]*apinetwork.EndpointSettings, len(rec.Endpoints))
+	for ref, es := range rec.Endpoints {
+		// They may have been asked for by ID, and the network may have gone since.
+		id, name, err := e.nets.Resolve(ref)
+		if err != nil {
+			out[ref] = es
+			continue
+		}
+		es = es.Copy()
+		if es == nil {
+			es = &apinetwork.EndpointSettings{}
+		}
+		es.NetworkID = id
+		out[name] = es
+	}
+	return out
 }
 
 // apiMounts are the mounts as clients see them. What --tmpfs asked for is not among them, as in Docker.

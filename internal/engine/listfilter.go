@@ -30,6 +30,8 @@ type listFilter struct {
 	// networks are the names asked for, those of networks asked for by ID included.
 	networks        []string
 	publish, expose map[apinetwork.Port]bool
+
+	endpoints func(*record, *run) map[string]*apinetwork.EndpointSettings
 }
 
 func (e *Engine) compileList(ctx context.Context, o ListOptions) (*listFilter, error) {
@@ -38,7 +40,7 @@ func (e *Engine) compileList(ctx context.Context, o ListOptions) (*listFilter, e
 	if err != nil {
 		return nil, err
 	}
-	f := &listFilter{args: args, all: o.All || args.Has("status"), limit: o.Limit > 0, hasTask: args.Has("is-task")}
+	f := &listFilter{args: args, all: o.All || args.Has("status"), limit: o.Limit > 0, hasTask: args.Has("is-task"), endpoints: e.endpointsNow}
 	for _, v := range args["exited"] {
 		code, err := strconv.Atoi(v)
 		if err != nil {
@@ -192,7 +194,7 @@ func (f *listFilter) mountMatches(m mountPoint) bool {
 }
 
 func (f *listFilter) networkMatches(v *view) bool {
-	for name, es := range endpointsNow(&v.rec, v.run) {
+	for name, es := range f.endpoints(&v.rec, v.run) {
 		if slices.Contains(f.networks, name) {
 			return true
 		}

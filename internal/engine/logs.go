@@ -46,9 +46,8 @@ func (e *Engine) ContainerLogs(ctx context.Context, ref string, o LogsOptions) (
 	}
 	return rec.Config.Tty, func(w io.Writer) error {
 		// The daemon's end ends following too; the container may go on.
-		ctx, cancel := context.WithCancel(ctx)
+		ctx, cancel := e.within(ctx)
 		defer cancel()
-		defer context.AfterFunc(e.ctx, cancel)()
 		out := logWriter{out: w, tty: rec.Config.Tty, opts: o}
 		err := logs.Read(ctx, e.logPath(&rec), read, out.write)
 		if e.ctx.Err() != nil {

@@ -13,10 +13,13 @@ import (
 	"strconv"
 	"sync"
 
+	"github.com/containerd/errdefs"
 	"github.com/moby/moby/api/types/mount"
 	"github.com/moby/sys/mountinfo"
 	"github.com/moby/sys/user"
 	"golang.org/x/sys/unix"
+
+	"dolium/internal/fault"
 )
 
 // rootView is a thread that sees a container's root as "/", with the container's mounts in it, and nothing of the host.
@@ -103,22 +106,25 @@ func onDisposableThread(f func()) {
 // the root we gave it; else the layer with the volumes and binds on it.
 func (e *Engine) openRoot(ctx context.Context, c *Container) (*rootView, error) {
 	ctx = context.WithoutCancel(ctx)
-	// While a root is mounted for a view, the container can't be started or removed.
+	// While the root of a stopped container is mounted for a view, the container can't be started or removed.
 	c.life.Lock()
 	rec, r := c.snapshot()
-	if r != nil || c.isRemoved() {
-		c.life.Unlock()
-	}
 	if c.isRemoved() {
-		return nil, wrongState("container %s is being removed", rec.ID)
+		c.life.Unlock()
+		return nil, fault.New(errdefs.ErrNotFound, "No such container: %s", rec.ID)
 	}
 	if r != nil {
+		c.life.Unlock()
 		root := e.images.LayerInfo(rec.ID)["MergedDir"]
 		v, err := liveView(r.PID, root)
 		if err == nil || !errors.Is(err, errOtherRoot) {
 			return v, err
 		}
-		mounts := e.mountSourcesNow(&rec)
+		// What the run holds stays ready while it lasts.
+		mounts, err := e.viewedMounts(ctx, &rec, nil)
+		if err != nil {
+			return nil, err
+		}
 		return newRootView(func() error { return enterMounted(root, mounts) }, func() {})
 	}
 
@@ -134,7 +140,7 @@ func (e *Engine) openRoot(ctx context.Context, c *Container) (*rootView, error) 
 			e.log.Warn("root stays mounted", "container", rec.ID, "error", err)
 		}
 	})
-	mounts, err := e.mountSources(ctx, &rec, &u)
+	mounts, err := e.viewedMounts(ctx, &rec, &u)
 	if err != nil {
 		u.run()
 		return nil, err
@@ -142,19 +148,28 @@ func (e *Engine) openRoot(ctx context.Context, c *Container) (*rootView, error) 
 	return newRootView(func() error { return enterMounted(root, mounts) }, u.run)
 }
 
-// mountSourcesNow are the mounts of a running container with their sources, which are ready as long as it runs.
-func (e *Engine) mountSourcesNow(rec *record) []mountPoint {
+// viewedMounts are the binds and volumes of a container with their sources ready; with u they are released again.
+func (e *Engine) viewedMounts(ctx context.Context, rec *record, u *undo) ([]mountPoint, error) {
 	mounts := slices.Clone(rec.Mounts)
 	for i := range mounts {
 		m := &mounts[i]
 		if m.Type != mount.TypeVolume {
 			continue
 		}
-		if v, err := e.volumes.Inspect(context.Background(), m.Name); err == nil {
-			m.Source = filepath.Join(v.Mountpoint, m.Subpath)
+		source, err := e.volumes.Mount(ctx, m.Name, rec.ID, m.Subpath)
+		if err != nil {
+			return nil, err
+		}
+		m.Source = source
+		if u != nil {
+			u.add(func() {
+				if err := e.volumes.Unmount(ctx, m.Name, rec.ID); err != nil {
+					e.log.Warn("volume stays mounted", "container", rec.ID, "volume", m.Name, "error", err)
+				}
+			})
 		}
 	}
-	return mounts
+	return mounts, nil
 }
 
 // errOtherRoot means that a process doesn't have the root that it should.

@@ -30,6 +30,8 @@ func (e *Engine) ContainerStats(ctx context.Context, ref string, o StatsOptions,
 	if o.Stream && o.OneShot {
 		return invalid("cannot have stream=true and one-shot=true")
 	}
+	ctx, cancel := e.within(ctx)
+	defer cancel()
 	first, running, err := e.sample(ctx, c)
 	if err != nil {
 		return err
@@ -48,8 +50,6 @@ func (e *Engine) ContainerStats(ctx context.Context, ref string, o StatsOptions,
 	for {
 		select {
 		case <-ctx.Done():
-			return nil
-		case <-e.ctx.Done():
 			return nil
 		case <-ticker.C:
 		}
