@@ -1,0 +1,339 @@
+// Package process runs workloads in namespaces and control groups on the host's kernel, which is what the field calls a
+// container. It turns Docker's configuration into an OCI runtime spec and has the keeper hold the result; the keeper,
+// not this package, starts processes, so that they outlive the daemon.
+package process
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"syscall"
+
+	"dolium/internal/isolation"
+	"dolium/internal/keeper"
+
+	"github.com/containerd/errdefs"
+	"github.com/moby/moby/api/types/container"
+	"github.com/opencontainers/runtime-spec/specs-go"
+)
+
+// Config is what a driver needs to know of its daemon.
+type Config struct {
+	// ExecRoot is where the keeper has its socket and files. DataRoot is not used yet.
+	ExecRoot, DataRoot string
+	// KeeperPath is dolium-keeper's binary; empty looks beside the daemon's own and then in PATH.
+	KeeperPath string
+	// InitPath is the binary for --init, called as "PATH -- COMMAND"; empty is the one in the keeper's binary.
+	InitPath string
+	// SELinux labels processes and mounts where the host has SELinux.
+	SELinux bool
+	Log     *slog.Logger
+}
+
+// Driver implements isolation.Driver. Its instances implement isolation.Pauser.
+type Driver struct {
+	config Config
+	keeper *keeper.Client
+
+	mu      sync.Mutex
+	seccomp map[string]*specs.LinuxSeccomp // Docker's profile, by the capabilities it depends on
+}
+
+// New connects to the exec-root's keeper and starts it when there is none. An older keeper is replaced in place.
+func New(ctx context.Context, c Config) (*Driver, error) {
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	path, err := keeperPath(c.KeeperPath)
+	if err != nil {
+		return nil, err
+	}
+	c.KeeperPath = path
+	if err := os.MkdirAll(c.ExecRoot, 0o711); err != nil {
+		return nil, err
+	}
+	k, err := keeper.Open(ctx, c.ExecRoot, path, c.Log)
+	if err != nil {
+		return nil, err
+	}
+	return &Driver{config: c, keeper: k, seccomp: map[string]*specs.LinuxSeccomp{}}, nil
+}
+
+func keeperPath(configured string) (string, error) {
+	if configured != "" {
+		return filepath.Abs(configured)
+	}
+	if self, err := os.Executable(); err == nil {
+		beside := filepath.Join(filepath.Dir(self), "dolium-keeper")
+		if _, err := os.Stat(beside); err == nil {
+			return beside, nil
+		}
+	}
+	path, err := exec.LookPath("dolium-keeper")
+	if err != nil {
+		return "", fmt.Errorf("dolium-keeper is neither beside the daemon's binary nor in PATH: %w", err)
+	}
+	return path, nil
+}
+
+// Close lets go of the keeper; workloads go on. A keeper that holds nothing ends.
+func (d *Driver) Close() {
+	_ = d.keeper.Stop(context.Background()) // it refuses while it holds something
+	d.keeper.Close()
+}
+
+// KeeperPIDs are the processes of the keeper: worker and guard.
+func (d *Driver) KeeperPIDs(ctx context.Context) ([]int, error) {
+	h, err := d.keeper.Hello(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return []int{h.Worker, h.Guard}, nil
+}
+
+// Create implements isolation.Driver.
+func (d *Driver) Create(ctx context.Context, s *isolation.Spec) (isolation.Instance, error) {
+	spec, err := d.spec(s)
+	if err != nil {
+		return nil, err
+	}
+	err = d.keeper.Create(ctx, s.ID, &keeper.Create{
+		Spec:          spec,
+		IO:            keeper.IO{OpenStdin: s.Process.OpenStdin, StdinOnce: s.Process.StdinOnce},
+		Log:           keeper.Log{Driver: s.Log.Driver, Path: s.Log.Path, Options: s.Log.Options, Attrs: s.Log.Attrs},
+		Runtime:       s.RuntimePath,
+		RuntimeArgs:   s.RuntimeArgs,
+		SystemdCgroup: s.SystemdCgroup,
+	})
+	if err != nil {
+		return nil, err
+	}
+	// What execs take over from the container.
+	if err := d.remember(s, spec); err != nil {
+		return nil, errors.Join(err, d.keeper.Delete(ctx, keeper.Key{ID: s.ID}))
+	}
+	return d.instance(s.ID), nil
+}
+
+// Adopt implements isolation.Driver.
+func (d *Driver) Adopt(ctx context.Context, id string) (isolation.Instance, error) {
+	s, err := d.keeper.State(ctx, keeper.Key{ID: id})
+	if err != nil {
+		return nil, err
+	}
+	i := d.instance(id)
+	i.setPID(s.PID)
+	return i, nil
+}
+
+// List implements isolation.Driver.
+func (d *Driver) List(ctx context.Context) ([]string, error) {
+	states, err := d.keeper.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var ids []string
+	for _, s := range states {
+		if s.Exec == "" {
+			ids = append(ids, s.ID)
+		}
+	}
+	return ids, nil
+}
+
+// held is a process that the keeper holds: what an instance and an exec have in common.
+type held struct {
+	d          *Driver
+	key        keeper.Key
+	rows, cols uint32
+
+	mu  sync.Mutex
+	pid int
+}
+
+func (h *held) setPID(pid int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.pid = pid
+}
+
+// PID implements isolation.Instance.
+func (h *held) PID() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.pid
+}
+
+// Start implements isolation.Instance.
+func (h *held) Start(ctx context.Context) error {
+	pid, err := h.d.keeper.Start(ctx, h.key, h.rows, h.cols)
+	if err != nil {
+		return startError(err)
+	}
+	h.setPID(pid)
+	return nil
+}
+
+// startError translates the keeper's kinds of errors to isolation's.
+func startError(err error) error {
+	switch {
+	case errors.Is(err, keeper.ErrCommandNotFound):
+		return &commandError{err, isolation.ErrCommandNotFound}
+	case errors.Is(err, keeper.ErrCommandNotExecutable):
+		return &commandError{err, isolation.ErrCommandNotExecutable}
+	}
+	return err
+}
+
+type commandError struct {
+	error
+	kind error
+}
+
+func (e *commandError) Unwrap() []error { return []error{e.error, e.kind} }
+
+// Attach implements isolation.Instance.
+func (h *held) Attach(ctx context.Context, o isolation.AttachOptions) (isolation.Stream, error) {
+	return h.d.keeper.Attach(ctx, h.key, keeper.Attach{Stdin: o.Stdin, Stdout: o.Stdout, Stderr: o.Stderr})
+}
+
+// Signal implements isolation.Instance.
+func (h *held) Signal(ctx context.Context, sig syscall.Signal) error {
+	return h.d.keeper.Signal(ctx, h.key, sig)
+}
+
+// Resize implements isolation.Instance.
+func (h *held) Resize(ctx context.Context, rows, cols uint32) error {
+	return h.d.keeper.Resize(ctx, h.key, rows, cols)
+}
+
+// Wait implements isolation.Instance.
+func (h *held) Wait(ctx context.Context) (isolation.Exit, error) {
+	e, err := h.d.keeper.Wait(ctx, h.key)
+	if err != nil {
+		return isolation.Exit{}, err
+	}
+	h.setPID(0)
+	return isolation.Exit{Code: e.Code, OOMKilled: e.OOMKilled, At: e.At, Error: e.Error}, nil
+}
+
+// Delete implements isolation.Instance.
+func (h *held) Delete(ctx context.Context) error {
+	err := h.d.keeper.Delete(ctx, h.key)
+	if err == nil {
+		h.setPID(0)
+	}
+	return err
+}
+
+// instance is one workload.
+type instance struct{ held }
+
+var (
+	_ isolation.Driver   = (*Driver)(nil)
+	_ isolation.Instance = (*instance)(nil)
+	_ isolation.Pauser   = (*instance)(nil)
+	_ isolation.Process  = (*held)(nil)
+)
+
+func (d *Driver) instance(id string) *instance {
+	return &instance{held{d: d, key: keeper.Key{ID: id}}}
+}
+
+// Delete implements isolation.Instance.
+func (i *instance) Delete(ctx context.Context) error {
+	if err := i.held.Delete(ctx); err != nil {
+		return err
+	}
+	return i.d.forget(i.key.ID)
+}
+
+// Update implements isolation.Instance.
+func (i *instance) Update(ctx context.Context, r container.Resources) error {
+	limits, err := resources(&r)
+	if err != nil {
+		return err
+	}
+	return i.d.keeper.Update(ctx, i.key.ID, limits)
+}
+
+// Processes implements isolation.Instance.
+func (i *instance) Processes(ctx context.Context) ([]int, error) {
+	return i.d.keeper.PIDs(ctx, i.key.ID)
+}
+
+// Pause implements isolation.Pauser.
+func (i *instance) Pause(ctx context.Context) error { return i.d.keeper.Pause(ctx, i.key.ID) }
+
+// Resume implements isolation.Pauser.
+func (i *instance) Resume(ctx context.Context) error { return i.d.keeper.Resume(ctx, i.key.ID) }
+
+// Exec implements isolation.Instance.
+func (i *instance) Exec(ctx context.Context, execID string, p isolation.ProcessSpec) (isolation.Process, error) {
+	o, err := i.d.recall(i.key.ID)
+	if err != nil {
+		return nil, err
+	}
+	spec, err := o.process(&p)
+	if err != nil {
+		return nil, err
+	}
+	io := keeper.IO{OpenStdin: p.OpenStdin, StdinOnce: p.StdinOnce}
+	if err := i.d.keeper.Exec(ctx, i.key.ID, execID, &keeper.Process{Spec: spec, IO: io}); err != nil {
+		return nil, err
+	}
+	return &held{d: i.d, key: keeper.Key{ID: i.key.ID, Exec: execID}, rows: p.Rows, cols: p.Cols}, nil
+}
+
+// origin is what execs take over from their container. It is kept below the exec-root, because the daemon that starts
+// an exec need not be the one that started the container.
+type origin struct {
+	Rootfs   string         `json:"rootfs"`
+	GroupAdd []string       `json:"groupAdd,omitempty"`
+	Process  *specs.Process `json:"process"`
+	// Unconfined says that an exec with all privileges needs no other AppArmor profile.
+	AppArmor bool `json:"appArmor,omitempty"`
+}
+
+func (d *Driver) originPath(id string) string {
+	return filepath.Join(d.config.ExecRoot, "process", id+".json")
+}
+
+func (d *Driver) remember(s *isolation.Spec, spec *specs.Spec) error {
+	p := *spec.Process
+	p.Args, p.Env = nil, nil
+	b, err := json.Marshal(origin{Rootfs: s.Rootfs, GroupAdd: s.Host.GroupAdd, Process: &p, AppArmor: p.ApparmorProfile != ""})
+	if err != nil {
+		return err
+	}
+	path := d.originPath(s.ID)
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return err
+	}
+	return os.WriteFile(path, b, 0o600)
+}
+
+func (d *Driver) recall(id string) (*origin, error) {
+	var o origin
+	b, err := os.ReadFile(d.originPath(id))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("container %s: %w", id, errdefs.ErrNotFound)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &o, json.Unmarshal(b, &o)
+}
+
+func (d *Driver) forget(id string) error {
+	if err := os.Remove(d.originPath(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}

@@ -1,0 +1,239 @@
+// Package keeper is how the daemon talks to dolium-keeper, the parent of every workload's processes.
+//
+// A daemon has one keeper, found by the socket in its exec-root, and starts it when none answers. The keeper holds
+// processes, their standard streams and logs, and their exits, so that the daemon can be killed, restarted or replaced
+// while workloads run; the package here owns the protocol and the client's side of it, and package keeper/server is the
+// program. Nothing here knows what a container is beyond an OCI runtime spec.
+//
+// The protocol: one connection per request on exec-root/keeper.sock. The client writes one line of JSON (Request), the
+// keeper one line of JSON (Response). Two operations go on after that: "events" with one line of JSON per event, and
+// "attach" with raw output as isolation.Stream describes it. The answer to an attach carries a descriptor of stdin when
+// there is one, so that input goes from the daemon to the process without a detour and none is lost with a keeper.
+package keeper
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
+)
+
+// ProtocolVersion grows when an older peer would misunderstand.
+const ProtocolVersion = 1
+
+// SocketPath is the keeper's socket below an exec-root.
+func SocketPath(execRoot string) string { return filepath.Join(execRoot, "keeper.sock") }
+
+// Dir is the keeper's own directory below an exec-root.
+func Dir(execRoot string) string { return filepath.Join(execRoot, "keeper") }
+
+// Operations.
+const (
+	OpHello   = "hello"
+	OpCreate  = "create"
+	OpExec    = "exec"
+	OpStart   = "start"
+	OpAttach  = "attach"
+	OpSignal  = "signal"
+	OpResize  = "resize"
+	OpState   = "state"
+	OpList    = "list"
+	OpUpdate  = "update"
+	OpStats   = "stats"
+	OpPIDs    = "pids"
+	OpPause   = "pause"
+	OpResume  = "resume"
+	OpDelete  = "delete"
+	OpEvents  = "events"
+	OpUpgrade = "upgrade"
+	OpStop    = "stop"
+)
+
+// Key names a process: a workload by its ID, or one of its execs.
+type Key struct {
+	ID   string `json:"id"`
+	Exec string `json:"exec,omitempty"`
+}
+
+func (k Key) String() string {
+	if k.Exec != "" {
+		return k.ID + "/" + k.Exec
+	}
+	return k.ID
+}
+
+// Request is what a client asks; Op says which of the other fields count.
+type Request struct {
+	Version int    `json:"v"`
+	Op      string `json:"op"`
+	Key
+	Create  *Create               `json:"create,omitempty"`
+	Process *Process              `json:"process,omitempty"`
+	Attach  *Attach               `json:"attach,omitempty"`
+	Signal  int                   `json:"signal,omitempty"`
+	Rows    uint32                `json:"rows,omitempty"`
+	Cols    uint32                `json:"cols,omitempty"`
+	Limits  *specs.LinuxResources `json:"limits,omitempty"`
+	Binary  string                `json:"binary,omitempty"`
+}
+
+// Create describes a workload to hold.
+type Create struct {
+	// Spec is the OCI runtime spec; its Process is the first process.
+	Spec *specs.Spec `json:"spec"`
+	IO
+	Log Log `json:"log"`
+	// Runtime is an OCI runtime binary and its global arguments; empty is the built-in one.
+	Runtime     string   `json:"runtime,omitempty"`
+	RuntimeArgs []string `json:"runtimeArgs,omitempty"`
+	// SystemdCgroup makes cgroups through systemd; the spec's CgroupsPath is then "slice:prefix:name".
+	SystemdCgroup bool `json:"systemdCgroup,omitempty"`
+}
+
+// Process describes a further process in a workload.
+type Process struct {
+	Spec *specs.Process `json:"spec"`
+	IO
+}
+
+// IO says how standard streams are made. Whether there is a terminal is the spec's to say.
+type IO struct {
+	// OpenStdin makes stdin a pipe that clients can write to; otherwise it is /dev/null.
+	OpenStdin bool `json:"openStdin,omitempty"`
+	// StdinOnce ends stdin when the first client that attached to it has left or ended its side.
+	StdinOnce bool `json:"stdinOnce,omitempty"`
+}
+
+// Log says where output is written; the fields are those of package logs.
+type Log struct {
+	Driver  string            `json:"driver"`
+	Path    string            `json:"path,omitempty"`
+	Options map[string]string `json:"options,omitempty"`
+	Attrs   map[string]string `json:"attrs,omitempty"`
+}
+
+// Attach says which streams are wanted, and for a client whose keeper died where it was.
+type Attach struct {
+	Stdin  bool `json:"stdin,omitempty"`
+	Stdout bool `json:"stdout,omitempty"`
+	Stderr bool `json:"stderr,omitempty"`
+	// From are offsets in bytes in stdout and stderr to go on from; nil is "from now on".
+	From *[2]int64 `json:"from,omitempty"`
+	// Rest bytes of stream RestOf (1 or 2) are sent before anything else and without a header: they complete the frame
+	// that the client was in the middle of.
+	Rest   int64 `json:"rest,omitempty"`
+	RestOf int   `json:"restOf,omitempty"`
+}
+
+// Response is the answer to a request.
+type Response struct {
+	Error  *Error          `json:"error,omitempty"`
+	Hello  *Hello          `json:"hello,omitempty"`
+	State  *State          `json:"state,omitempty"`
+	States []State         `json:"states,omitempty"`
+	PIDs   []int           `json:"pids,omitempty"`
+	Stats  json.RawMessage `json:"stats,omitempty"`
+	// Offsets in stdout and stderr where an attach begins, and whether it is a terminal.
+	Offsets  [2]int64 `json:"offsets,omitzero"`
+	Terminal bool     `json:"terminal,omitempty"`
+	// Stdin says that a descriptor of stdin came with this answer.
+	Stdin    bool     `json:"stdin,omitempty"`
+	Warnings []string `json:"warnings,omitempty"`
+}
+
+// Hello is who answers.
+type Hello struct {
+	Version int `json:"version"`
+	// Build names the binary the keeper runs, as Fingerprint does.
+	Build string `json:"build"`
+	// Worker and Guard are the keeper's two processes.
+	Worker int `json:"worker"`
+	Guard  int `json:"guard"`
+}
+
+// Status of a held process.
+type Status string
+
+// A process is created, then started; running ends in exited, and in ended when all output was written to the log.
+const (
+	Created  Status = "created"
+	Starting Status = "starting"
+	Running  Status = "running"
+	Exited   Status = "exited"
+	Ended    Status = "ended"
+	// Failed is a process that could not be started.
+	Failed Status = "failed"
+)
+
+// State is a held process. It is also the event that announces a process's end.
+type State struct {
+	Key
+	Status   Status `json:"status"`
+	PID      int    `json:"pid,omitempty"`
+	Terminal bool   `json:"terminal,omitempty"`
+	Paused   bool   `json:"paused,omitempty"`
+	Exit     *Exit  `json:"exit,omitempty"`
+	// Deleted marks the event that says the process is no longer held.
+	Deleted bool `json:"deleted,omitempty"`
+}
+
+// Exit is how a process ended; Code is the status or 128 + signal.
+type Exit struct {
+	Code      int       `json:"code"`
+	OOMKilled bool      `json:"oomKilled,omitempty"`
+	At        time.Time `json:"at"`
+	Error     string    `json:"error,omitempty"`
+}
+
+// Kinds of errors of starting a program.
+var (
+	// ErrCommandNotFound is the error of a program that doesn't exist in the root.
+	ErrCommandNotFound = errors.New("executable file not found")
+	// ErrCommandNotExecutable is the error of a program that exists but can't be executed.
+	ErrCommandNotExecutable = errors.New("not executable")
+	// ErrInterrupted is the error of a start during which the keeper was killed and of which nothing is left.
+	ErrInterrupted = errors.New("interrupted by a restart of the keeper")
+)
+
+var kinds = map[string]error{
+	"not-found":       errdefs.ErrNotFound,
+	"already-exists":  errdefs.ErrAlreadyExists,
+	"invalid":         errdefs.ErrInvalidArgument,
+	"precondition":    errdefs.ErrFailedPrecondition,
+	"unavailable":     errdefs.ErrUnavailable,
+	"not-implemented": errdefs.ErrNotImplemented,
+	"command-missing": ErrCommandNotFound,
+	"command-denied":  ErrCommandNotExecutable,
+	"interrupted":     ErrInterrupted,
+}
+
+// Error is an error on the wire: its text, and the name of its kind.
+type Error struct {
+	Message string `json:"message"`
+	Kind    string `json:"kind,omitempty"`
+}
+
+// NewError puts err on the wire.
+func NewError(err error) *Error {
+	e := &Error{Message: err.Error()}
+	for name, kind := range kinds {
+		if errors.Is(err, kind) {
+			e.Kind = name
+		}
+	}
+	return e
+}
+
+func (e *Error) Error() string { return e.Message }
+
+// Unwrap gives the kind, so that errors.Is works across the wire.
+func (e *Error) Unwrap() error { return kinds[e.Kind] }
+
+// Fingerprint names a version of the file at path: it changes when the file is replaced.
+func Fingerprint(size int64, modified time.Time) string {
+	return fmt.Sprintf("%d-%d", size, modified.UnixNano())
+}
