@@ -48,7 +48,7 @@ func (e *Engine) Restore(ctx context.Context) error {
 			restored = append(restored, network.Restored{Spec: r.NetSpec, Sandbox: r.Sandbox})
 		}
 	}
-	if err := e.volumes.Restore(volumes); err != nil {
+	if err := e.volumes.Restore(ctx, volumes); err != nil {
 		return err
 	}
 	if err := e.nets.Restore(ctx, restored); err != nil {

@@ -144,7 +144,7 @@ func (e *Engine) launch(ctx context.Context, c *Container, rec *record) (_ *run,
 
 // kindOf is the kind of an error for one that wraps it with other words.
 func kindOf(err error) error {
-	for _, kind := range []error{errdefs.ErrInvalidArgument, errdefs.ErrNotFound, errdefs.ErrConflict, errdefs.ErrAlreadyExists, errdefs.ErrFailedPrecondition, errdefs.ErrPermissionDenied, errdefs.ErrUnimplemented} {
+	for _, kind := range []error{errdefs.ErrInvalidArgument, errdefs.ErrNotFound, errdefs.ErrConflict, errdefs.ErrAlreadyExists, errdefs.ErrFailedPrecondition, errdefs.ErrPermissionDenied, errdefs.ErrNotImplemented} {
 		if errors.Is(err, kind) {
 			return kind
 		}

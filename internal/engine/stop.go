@@ -256,7 +256,7 @@ func (e *Engine) setPaused(ctx context.Context, ref string, pause bool) error {
 	}
 	p, ok := r.inst.(isolation.Pauser)
 	if !ok {
-		return fault.New(errdefs.ErrUnimplemented, "pausing is not possible with this isolation")
+		return fault.New(errdefs.ErrNotImplemented, "pausing is not possible with this isolation")
 	}
 	action, do := events.ActionUnPause, p.Resume
 	if pause {
