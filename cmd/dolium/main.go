@@ -5,9 +5,7 @@ import (
 	"os"
 
 	"dolium/internal/cli"
+	"dolium/internal/daemonconf"
 )
 
-// version is set when linking.
-var version = "dev"
-
-func main() { os.Exit(cli.Main(version)) }
+func main() { os.Exit(cli.Main(daemonconf.Version)) }

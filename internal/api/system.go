@@ -7,7 +7,6 @@ import (
 	"io"
 	"net/http"
 	"slices"
-	"time"
 
 	"dolium/internal/engine"
 
@@ -213,18 +212,14 @@ func (a systemAPI) events(w http.ResponseWriter, r *request) error {
 		return err
 	}
 	media := eventsMedia(r)
-	w.Header().Set("Content-Type", media)
-	w.WriteHeader(http.StatusOK)
-	_ = http.NewResponseController(w).Flush()
-
-	ctx := r.Context()
-	if !opts.Until.IsZero() && opts.Until.After(time.Now()) {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithDeadline(ctx, opts.Until)
-		defer cancel()
+	opts.Ready = func() {
+		// Clients wait for the headers before they do what they expect events of.
+		w.Header().Set("Content-Type", media)
+		w.WriteHeader(http.StatusOK)
+		_ = http.NewResponseController(w).Flush()
 	}
 	enc := json.NewEncoder(flushed{eventWriter{w, media == types.MediaTypeJSONSequence}})
-	err = a.engine.Subscribe(ctx, opts, func(m events.Message) error {
+	err = a.engine.Subscribe(r.Context(), opts, func(m events.Message) error {
 		if r.version.before(46) && m.Type == events.ImageEventType && m.Action == events.ActionCreate {
 			return nil
 		}
@@ -233,8 +228,8 @@ func (a systemAPI) events(w http.ResponseWriter, r *request) error {
 		}
 		return enc.Encode(m)
 	})
-	if ctx.Err() != nil && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)) {
-		return nil // the client left, or it is "until"
+	if r.Context().Err() != nil && errors.Is(err, context.Canceled) {
+		return nil // the client left
 	}
 	return err
 }
