@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
 )
 
 // Leases keep garbage collection off what no image refers to (yet):
@@ -91,6 +92,15 @@ func (s *Store) dropLeases(ctx context.Context, prefix string) error {
 		}
 	}
 	return nil
+}
+
+// leaseContent keeps content, with all it refers to, while the lease in ctx lasts.
+func (s *Store) leaseContent(ctx context.Context, d digest.Digest) error {
+	id, ok := leases.FromContext(ctx)
+	if !ok {
+		return nil
+	}
+	return s.leases.AddResource(ctx, leases.Lease{ID: id}, leases.Resource{ID: d.String(), Type: "content"})
 }
 
 // collect removes content and snapshots that nothing refers to any more.

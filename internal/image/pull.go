@@ -269,13 +269,10 @@ func (p *pull) checkImage(m *manifest) error {
 
 // layers downloads and unpacks all layers at once, each as soon as it is there.
 func (p *pull) layers(ctx context.Context, img *Image) error {
+	if err := img.checkLayers(); err != nil || len(img.layers) == 0 {
+		return err
+	}
 	n := len(img.layers)
-	if n != len(img.Config.RootFS.DiffIDs) {
-		return fault.New(errdefs.ErrInvalidArgument, "invalid image %s: its manifest has %d layers and its configuration %d", reference.FamiliarString(p.ref), n, len(img.Config.RootFS.DiffIDs))
-	}
-	if n == 0 {
-		return nil
-	}
 	missing := make([]bool, n)
 	for i, l := range img.layers {
 		if _, err := p.s.content.Info(ctx, l.Digest); errdefs.IsNotFound(err) {

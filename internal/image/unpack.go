@@ -63,12 +63,9 @@ type extraction struct {
 	err      error
 }
 
-// unpack makes the snapshots of a job that don't exist yet, sharing the work with concurrent calls. Everything is kept by
+// unpack makes the snapshots of a job (as many layers as diff IDs) that don't exist yet, sharing the work with concurrent calls. Everything is kept by
 // the lease in ctx. The layers below the first that fails are kept.
 func (s *Store) unpack(ctx context.Context, job unpackJob) error {
-	if len(job.layers) != len(job.diffIDs) {
-		return fault.New(errdefs.ErrInvalidArgument, "the image's manifest has %d layers and its configuration %d", len(job.layers), len(job.diffIDs))
-	}
 	ctx = s.context(ctx)
 	chainIDs := identity.ChainIDs(slices.Clone(job.diffIDs))
 	first, err := s.firstMissing(ctx, chainIDs)
@@ -394,6 +391,9 @@ func (s *Store) lowerDirs(ctx context.Context, chainID string) ([]string, error)
 
 // ensureUnpacked unpacks an image when it isn't, from what is in the content store.
 func (s *Store) ensureUnpacked(ctx context.Context, img *Image) error {
+	if err := img.checkLayers(); err != nil {
+		return err
+	}
 	if img.ChainID == "" {
 		return nil
 	}
@@ -405,15 +405,23 @@ func (s *Store) ensureUnpacked(ctx context.Context, img *Image) error {
 		return err
 	}
 	defer done()
-	for _, l := range img.layers {
-		if !images.IsLayerType(l.MediaType) {
-			return fault.New(errdefs.ErrInvalidArgument, "image %s has a layer of the unknown type %s", shortID(img.ID.String()), l.MediaType)
-		}
-	}
 	if err := s.unpack(ctx, unpackJob{layers: img.layers, diffIDs: img.Config.RootFS.DiffIDs}); err != nil {
 		return fmt.Errorf("unpack image %s: %w", shortID(img.ID.String()), err)
 	}
 	return s.refChain(ctx, img)
+}
+
+// checkLayers refuses an image whose manifest and configuration don't fit, or whose layers are no file systems.
+func (img *Image) checkLayers() error {
+	if a, b := len(img.layers), len(img.Config.RootFS.DiffIDs); a != b {
+		return fault.New(errdefs.ErrInvalidArgument, "invalid image %s: its manifest has %d layers and its configuration %d", shortID(img.ID.String()), a, b)
+	}
+	for _, l := range img.layers {
+		if !images.IsLayerType(l.MediaType) {
+			return fault.New(errdefs.ErrInvalidArgument, "image %s has a layer of the unknown type %q", shortID(img.ID.String()), l.MediaType)
+		}
+	}
+	return nil
 }
 
 // refChain lets the image's configuration keep its snapshots, in the way containerd's and BuildKit's collectors know.
