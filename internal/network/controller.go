@@ -35,6 +35,8 @@ type Controller struct {
 	ports *portTable
 	warm  *warmPool
 	store *state.Bucket[record]
+	// forwards bounds the DNS queries that wait for an answer from upstream.
+	forwards chan struct{}
 	// hasIPv6 says whether the host has IPv6.
 	hasIPv6 bool
 
@@ -47,11 +49,10 @@ type Controller struct {
 	mu        sync.RWMutex
 	nets      map[string]*nw      // by ID
 	sandboxes map[string]*sandbox // by container ID
-	restored  bool
 
 	// shape serializes making and removing networks.
 	shape sync.Mutex
-	// files guards the hosts files, which other containers' starts may change.
+	// files guards hosts files and sandboxes' records, which other containers' starts may change.
 	files sync.Mutex
 }
 
@@ -62,7 +63,7 @@ func New(ctx context.Context, cfg Config) (_ *Controller, err error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	c := &Controller{cfg: cfg, log: cfg.Log, nets: map[string]*nw{}, sandboxes: map[string]*sandbox{}}
+	c := &Controller{cfg: cfg, log: cfg.Log, nets: map[string]*nw{}, sandboxes: map[string]*sandbox{}, forwards: make(chan struct{}, 1024)}
 	defer func() {
 		if err != nil {
 			c.Close()
@@ -180,10 +181,13 @@ func (c *Controller) Close() error {
 		c.cancel()
 	}
 	c.mu.Lock()
-	for _, sb := range c.sandboxes {
-		sb.closeServices()
-	}
+	sandboxes := slices.Collect(maps.Values(c.sandboxes))
 	c.mu.Unlock()
+	for _, sb := range sandboxes {
+		sb.work.Lock()
+		sb.closeServices()
+		sb.work.Unlock()
+	}
 	if c.warm != nil {
 		c.warm.close()
 	}

@@ -335,3 +335,24 @@ func command(t *testing.T, ns int, name string, args ...string) string {
 	}
 	return string(out)
 }
+
+// dialUDP returns a function that sends from one socket and returns the answer.
+func dialUDP(t *testing.T, ns int, addr string) func(string) string {
+	t.Helper()
+	var conn net.Conn
+	check(t, inNamespace(ns, func() (err error) { conn, err = net.Dial("udp", addr); return err }))
+	t.Cleanup(func() { conn.Close() })
+	return func(s string) string {
+		buf := make([]byte, 2048)
+		var err error
+		for range 5 {
+			conn.SetDeadline(time.Now().Add(200 * time.Millisecond))
+			conn.Write([]byte(s))
+			var n int
+			if n, err = conn.Read(buf); err == nil {
+				return string(buf[:n])
+			}
+		}
+		return "error: " + err.Error()
+	}
+}

@@ -117,7 +117,7 @@ func (c *Controller) writeHosts(sb *sandbox) error {
 	for _, l := range sb.spec.Links {
 		if line := c.linkLine(sb, l); line != "" {
 			b.WriteString(line)
-			sb.linkLines[l.ContainerID] += line
+			sb.linkLines[l.ContainerID+" "+l.Alias] = line
 		}
 	}
 	for _, ep := range sb.endpoints {
@@ -132,7 +132,7 @@ func (c *Controller) writeHosts(sb *sandbox) error {
 func (c *Controller) linkLine(sb *sandbox, l Link) string {
 	other := c.sandboxes[l.ContainerID]
 	n := c.named(network.NetworkBridge)
-	if other == nil || n == nil || sb.on(n) == nil {
+	if other == nil || !other.ready || n == nil || sb.on(n) == nil {
 		return ""
 	}
 	ep := other.on(n)
@@ -147,29 +147,34 @@ func (c *Controller) linkLine(sb *sandbox, l Link) string {
 	return out
 }
 
-// updateLinks writes a container's address into the hosts files of those that are linked to it.
+// updateLinks writes a container's address into the hosts files of those that are linked to it, and into its own the
+// addresses of those it is linked to that started meanwhile. The Controller's lock is held.
 func (c *Controller) updateLinks(sb *sandbox) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	id := sb.spec.ContainerID
+	for _, l := range sb.spec.Links {
+		c.updateLink(sb, l)
+	}
 	for _, other := range c.sandboxes {
 		for _, l := range other.spec.Links {
-			if l.ContainerID != id || other == sb {
-				continue
-			}
-			line := c.linkLine(other, l)
-			if line == "" || line == other.linkLines[id] {
-				continue
-			}
-			if err := c.editHosts(other.spec.HostsPath, other.linkLines[id], line); err != nil {
-				c.log.Warn("hosts file of linked container can't be updated", "container", other.spec.ContainerID, "error", err)
-				continue
-			}
-			other.linkLines[id] = line
-			if err := c.save(other); err != nil {
-				c.log.Warn("sandbox can't be stored", "container", other.spec.ContainerID, "error", err)
+			if l.ContainerID == sb.spec.ContainerID && other != sb && other.ready {
+				c.updateLink(other, l)
 			}
 		}
+	}
+}
+
+func (c *Controller) updateLink(sb *sandbox, l Link) {
+	key := l.ContainerID + " " + l.Alias
+	line := c.linkLine(sb, l)
+	if line == "" || line == sb.linkLines[key] {
+		return
+	}
+	if err := c.editHosts(sb.spec.HostsPath, sb.linkLines[key], line); err != nil {
+		c.log.Warn("hosts file of linked container can't be updated", "container", sb.spec.ContainerID, "error", err)
+		return
+	}
+	sb.linkLines[key] = line
+	if err := c.saveLocked(sb); err != nil {
+		c.log.Warn("sandbox can't be stored", "container", sb.spec.ContainerID, "error", err)
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/moby/moby/api/types/network"
@@ -21,7 +22,7 @@ import (
 // the daemon is down.
 type relay struct {
 	ns     namespace
-	target netip.AddrPort
+	target atomic.Pointer[netip.AddrPort]
 	log    *slog.Logger
 
 	ctx    context.Context
@@ -42,7 +43,8 @@ func startRelay(ctx context.Context, ns namespace, h *heldPort, target netip.Add
 	if h.fd < 0 || h.proto == network.SCTP {
 		return nil
 	}
-	r := &relay{ns: ns, target: target, log: log}
+	r := &relay{ns: ns, log: log}
+	r.target.Store(&target)
 	r.ctx, r.cancel = context.WithCancel(ctx)
 	f := os.NewFile(uintptr(h.fd), h.addr.String())
 	defer f.Close()
@@ -77,7 +79,7 @@ func (r *relay) close() {
 func (r *relay) dial(proto string) (conn net.Conn, err error) {
 	err = r.ns.do(func() error {
 		d := net.Dialer{Timeout: relayDial}
-		conn, err = d.DialContext(r.ctx, proto, r.target.String())
+		conn, err = d.DialContext(r.ctx, proto, r.target.Load().String())
 		return err
 	})
 	return conn, err
@@ -109,7 +111,7 @@ func (r *relay) pass(client *net.TCPConn) {
 	defer client.Close()
 	conn, err := r.dial("tcp")
 	if err != nil {
-		r.log.Debug("relay can't reach container", "target", r.target, "error", err)
+		r.log.Debug("relay can't reach container", "target", r.target.Load(), "error", err)
 		// A reset, as from a port where nobody listens.
 		client.SetLinger(0)
 		return

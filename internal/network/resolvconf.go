@@ -162,7 +162,7 @@ func (c *Controller) writeResolvConf(sb *sandbox) error {
 	rc := c.resolvConfFor(&sb.spec)
 	switch {
 	case sb.spec.Mode.IsHost():
-	case sb.embeddedDNS():
+	case sb.dnsWanted:
 		rc.forDNS()
 	default:
 		rc.forBridge(slices.ContainsFunc(sb.endpoints, func(ep *endpoint) bool { return ep.V6.IsValid() }))
@@ -178,11 +178,6 @@ func (c *Controller) writeResolvConf(sb *sandbox) error {
 func hashOf(b []byte) string {
 	sum := sha256.Sum256(b)
 	return hex.EncodeToString(sum[:])
-}
-
-// embeddedDNS says whether the container has the embedded DNS: it is on a user-defined network.
-func (sb *sandbox) embeddedDNS() bool {
-	return slices.ContainsFunc(sb.endpoints, func(ep *endpoint) bool { return ep.net.userDefined() })
 }
 
 // writeFiles writes the hosts file and resolv.conf of a container that is about to start.

@@ -24,7 +24,7 @@ type sandbox struct {
 	// work serializes changes of this container. It is taken before the Controller's lock.
 	work sync.Mutex
 
-	// The Controller's lock guards what follows.
+	// What follows changes with both locks held, so either is enough to read it.
 	spec      Spec
 	id, key   string
 	endpoints []*endpoint
@@ -33,12 +33,16 @@ type sandbox struct {
 	bindings []binding
 	// resolvConf is the hash of the resolv.conf we wrote: one that differs was edited and is left alone.
 	resolvConf string
-	// linkLines are the lines of linked containers in the hosts file, by the container's ID.
+	// linkLines are the lines of linked containers in the hosts file, by container ID and alias.
 	linkLines map[string]string
+	// ready is true once everything is made; before, others take no notice.
+	ready bool
 
 	// held and dns live in this daemon only. Whoever holds work uses them.
 	held []*heldPort
 	dns  *dnsServer
+	// dnsWanted is true from the first user-defined network on: resolv.conf points to the embedded DNS then.
+	dnsWanted bool
 }
 
 // endpoint is a container's connection to one network.
@@ -221,6 +225,7 @@ type sandboxRecord struct {
 	Bindings   []binding
 	ResolvConf string
 	LinkLines  map[string]string
+	DNS        bool
 }
 
 type endpointRecord struct {
@@ -236,7 +241,14 @@ func (c *Controller) sandboxPath(containerID string) string {
 
 // save writes the sandbox's record. It needn't reach the disk: after a crash of the host there is no sandbox.
 func (c *Controller) save(sb *sandbox) error {
-	r := sandboxRecord{Spec: sb.spec, ID: sb.id, Key: sb.key, Bindings: sb.bindings, ResolvConf: sb.resolvConf, LinkLines: sb.linkLines}
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	return c.saveLocked(sb)
+}
+
+// saveLocked is save with the Controller's lock held.
+func (c *Controller) saveLocked(sb *sandbox) error {
+	r := sandboxRecord{Spec: sb.spec, ID: sb.id, Key: sb.key, Bindings: sb.bindings, ResolvConf: sb.resolvConf, LinkLines: sb.linkLines, DNS: sb.dnsWanted}
 	for _, ep := range sb.endpoints {
 		r.Endpoints = append(r.Endpoints, endpointRecord{ep.ID, ep.net.ID, ep.IfName, ep.asked, ep.MAC, ep.V4, ep.V6})
 	}
@@ -244,11 +256,28 @@ func (c *Controller) save(sb *sandbox) error {
 	if err != nil {
 		return fmt.Errorf("store sandbox: %w", err)
 	}
+	c.files.Lock()
+	defer c.files.Unlock()
 	path := c.sandboxPath(sb.spec.ContainerID)
 	if err := os.WriteFile(path+".new", raw, 0o600); err != nil {
 		return fmt.Errorf("store sandbox: %w", err)
 	}
 	return os.Rename(path+".new", path)
+}
+
+// setGateways changes which endpoints lead out, and returns which did before.
+func (c *Controller) setGateways(sb *sandbox, gw [2]*endpoint) (before [2]*endpoint) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	before, sb.gw = sb.gw, gw
+	return before
+}
+
+// setBindings changes the published ports on record.
+func (c *Controller) setBindings(sb *sandbox, b []binding) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	sb.bindings = b
 }
 
 func (c *Controller) loadSandbox(containerID string) (sandboxRecord, error) {

@@ -47,8 +47,6 @@ func (c *Controller) Start(ctx context.Context, spec *Spec) (_ *Sandbox, err err
 		return nil, err
 	}
 	c.announce(sb)
-	c.mu.RLock()
-	defer c.mu.RUnlock()
 	for _, ep := range sb.endpoints {
 		c.event("connect", ep.net, spec.ContainerID)
 	}
@@ -104,6 +102,7 @@ func (c *Controller) addEndpoint(sb *sandbox, at attachment, u *undo) (*endpoint
 			ep.IfName = name
 		}
 	}
+	sb.dnsWanted = sb.dnsWanted || n.userDefined()
 	sb.endpoints = append(sb.endpoints, ep)
 	n.endpoints[ep.ID] = ep
 	u.add(func() error {
@@ -164,7 +163,9 @@ func (c *Controller) dropEndpoint(ep *endpoint) {
 // connectSandbox makes everything outside of this process's memory.
 func (c *Controller) connectSandbox(sb *sandbox, u *undo) error {
 	if sb.spec.Mode.IsHost() {
+		c.mu.Lock()
 		sb.id = newID()
+		c.mu.Unlock()
 		return c.writeFiles(sb)
 	}
 	// Ports first: they are what fails most, and cheapest to give back.
@@ -176,7 +177,9 @@ func (c *Controller) connectSandbox(sb *sandbox, u *undo) error {
 		return err
 	}
 	defer ns.close()
+	c.mu.Lock()
 	sb.id, sb.key = ns.id, ns.path
+	c.mu.Unlock()
 	u.add(func() error { return unpin(ns.path) })
 	late, err := applySysctls(ns.fd, sb.spec.Sysctls)
 	if err != nil {
@@ -338,8 +341,9 @@ func (c *Controller) announce(sb *sandbox) {
 	for _, ep := range sb.endpoints {
 		ep.net.names.add(ep)
 	}
-	c.mu.Unlock()
+	sb.ready = true
 	c.updateLinks(sb)
+	c.mu.Unlock()
 	c.advertise(sb.endpoints)
 }
 
@@ -441,12 +445,12 @@ func (c *Controller) bind(sb *sandbox, r portRequest) error {
 		}
 		sb.held = append(sb.held, held...)
 	}
-	for _, b := range want {
-		if b.HostPort = port; b.Routed {
-			b.HostPort = 0
+	for i := range want {
+		if !want[i].Routed {
+			want[i].HostPort = port
 		}
-		sb.bindings = append(sb.bindings, b)
 	}
+	c.setBindings(sb, append(slices.Clip(sb.bindings), want...))
 	return c.relayHeld(sb)
 }
 
@@ -456,13 +460,8 @@ func (c *Controller) expand(sb *sandbox, r portRequest, host netip.Addr) []bindi
 	var target [2]netip.AddrPort
 	var routed [2]bool
 	for fam, ep := range sb.gw {
-		if ep == nil {
-			continue
-		}
-		if fam == fam4 {
-			target[fam], routed[fam] = netip.AddrPortFrom(ep.V4.Addr(), r.port), ep.net.opts.Routed4
-		} else {
-			target[fam], routed[fam] = netip.AddrPortFrom(ep.V6.Addr(), r.port), ep.net.opts.Routed6
+		if ep != nil {
+			target[fam], routed[fam] = addrPort(ep, fam, r.port), [2]bool{ep.net.opts.Routed4, ep.net.opts.Routed6}[fam]
 		}
 	}
 	fallback := netip.IPv4Unspecified()
@@ -504,17 +503,34 @@ func (c *Controller) relayHeld(sb *sandbox) error {
 		if h.fd < 0 || h.proto == network.UDP && h.addr.Addr().Is4() {
 			continue
 		}
-		i := slices.IndexFunc(sb.bindings, func(b binding) bool {
-			return !b.Routed && b.Proto == h.proto && b.HostIP == h.addr.Addr() && b.HostPort == h.addr.Port()
-		})
-		if i < 0 {
-			continue
-		}
-		if err := startRelay(c.ctx, c.ns, h, sb.bindings[i].Target, c.log); err != nil {
-			return err
+		if b := sb.bindingOf(h); b != nil {
+			if err := startRelay(c.ctx, c.ns, h, b.Target, c.log); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
+}
+
+// bindingOf returns the binding a socket holds, or nil.
+func (sb *sandbox) bindingOf(h *heldPort) *binding {
+	for i, b := range sb.bindings {
+		if !b.Routed && b.Proto == h.proto && b.HostIP == h.addr.Addr() && b.HostPort == h.addr.Port() {
+			return &sb.bindings[i]
+		}
+	}
+	return nil
+}
+
+// addrPort is a port of an endpoint in one family, the zero AddrPort without an endpoint.
+func addrPort(ep *endpoint, fam int, port uint16) netip.AddrPort {
+	switch {
+	case ep == nil:
+		return netip.AddrPort{}
+	case fam == fam4:
+		return netip.AddrPortFrom(ep.V4.Addr(), port)
+	}
+	return netip.AddrPortFrom(ep.V6.Addr(), port)
 }
 
 // unpublish takes back what publish did.
@@ -534,6 +550,7 @@ func (c *Controller) unpublish(sb *sandbox) error {
 			c.ports.release(b.Proto, []netip.Addr{b.HostIP}, b.HostPort)
 		}
 	}
-	sb.held, sb.bindings = nil, nil
+	sb.held = nil
+	c.setBindings(sb, nil)
 	return err
 }
