@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os/exec"
 	"runtime"
+	"strings"
 	"sync"
 	"time"
 
@@ -256,4 +258,44 @@ func (n *Net) join(ns *Namespace) (ip, ip6 string, err error) {
 		return "", "", fmt.Errorf("connect %s: %w", ns.Name, err)
 	}
 	return ip, ip6, nil
+}
+
+// Get fetches a URL with a numeric address from inside the namespace; from is the source address, or empty.
+func (n *Namespace) Get(url, from string) (string, error) {
+	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, proto, address string) (conn net.Conn, err error) {
+			dialer := net.Dialer{Timeout: 5 * time.Second}
+			if from != "" {
+				dialer.LocalAddr = &net.TCPAddr{IP: net.ParseIP(from)}
+			}
+			err = n.Do(func() error {
+				conn, err = dialer.DialContext(ctx, proto, address)
+				return err
+			})
+			return conn, err
+		},
+	}}
+	res, err := client.Get(url)
+	if err != nil {
+		return "", err
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	if err == nil && res.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %s", url, res.Status)
+	}
+	return strings.TrimSpace(string(body)), err
+}
+
+// Route adds a route to one address by way of another.
+func (n *Namespace) Route(to, via string) error {
+	return n.Do(func() error {
+		ip := net.ParseIP(to)
+		bits := 128
+		if ip.To4() != nil {
+			ip, bits = ip.To4(), 32
+		}
+		return netlink.RouteAdd(&netlink.Route{Dst: &net.IPNet{IP: ip, Mask: net.CIDRMask(bits, bits)}, Gw: net.ParseIP(via)})
+	})
 }
