@@ -216,6 +216,28 @@ func TestLayersThatMayBeTornByACrashAreUnpackedAgain(t *testing.T) {
 	}
 }
 
+func TestDataRootsThatOverlayCannotUseAreRefused(t *testing.T) {
+	needRoot(t)
+	on := newStore(t)
+	img := loadClassic(t, on, "app:1", nil, layerTar(t, file{name: "f"}))
+	must(t, on.CreateLayer(t.Context(), "c", img, LayerOptions{}))
+	overlay, err := on.MountLayer(t.Context(), "c")
+	must(t, err)
+	for root, want := range map[string]string{
+		filepath.Join(overlay, "data"):    "(overlayfs): ",
+		filepath.Join(t.TempDir(), "a,b"): "without comma",
+	} {
+		_, err := New(t.Context(), Config{Root: root})
+		wantText(t, err, want)
+		wantText(t, err, "choose a --data-root")
+		if !errdefs.IsFailedPrecondition(err) {
+			t.Errorf("kind of %v", err)
+		}
+	}
+	_, err = New(t.Context(), Config{Root: on.Root()})
+	wantText(t, err, "another daemon uses this data root")
+}
+
 func BenchmarkCreateMountRemoveLayer(b *testing.B) {
 	s := newStore(b)
 	var layers [][]byte

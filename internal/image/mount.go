@@ -9,7 +9,10 @@ import (
 	"strings"
 
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"dolium/internal/fault"
 )
 
 // overlayOptions are the options of every overlay mount on this host. Docker's: no index, since a lower directory is
@@ -26,6 +29,34 @@ func overlayOptions(root string) []string {
 		opts = append(opts, "userxattr")
 	}
 	return opts
+}
+
+// checkOverlay refuses data roots on file systems that overlay can't use for upper directories. Error:
+// ErrFailedPrecondition.
+func checkOverlay(root string) error {
+	if strings.ContainsAny(root, ",:\\\"") {
+		return fault.New(errdefs.ErrFailedPrecondition, "the data root %q has a character that overlay mounts can't take; choose a --data-root without comma, colon, quote and backslash", root)
+	}
+	dir, err := os.MkdirTemp(root, "check-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	at := func(name string) string { return filepath.Join(dir, name) }
+	for _, d := range []string{"lower1", "lower2", "upper", "work", "merged"} {
+		if err := os.Mkdir(at(d), 0o700); err != nil {
+			return err
+		}
+	}
+	err = overlayMount{lower: []string{at("lower1"), at("lower2")}, upper: at("upper"), work: at("work"), options: overlayOptions(root)}.mount(at("merged"))
+	if err == nil {
+		err = unmountAll(at("merged"))
+	}
+	if err != nil {
+		return fault.New(errdefs.ErrFailedPrecondition,
+			"overlay mounts don't work in %s (%s): %w; choose a --data-root on ext4, xfs (made with ftype=1) or btrfs", root, fsName(root), err)
+	}
+	return nil
 }
 
 // overlayMount is an overlay to be mounted. Without upper it is read-only.

@@ -31,7 +31,6 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
-	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	bolt "go.etcd.io/bbolt"
@@ -282,16 +281,6 @@ func (s *Store) ImageStore() images.Store { return s.names }
 
 // Root is the directory the store is kept in.
 func (s *Store) Root() string { return s.cfg.Root }
-
-// checkOverlay refuses file systems that overlay can't use for upper directories.
-func checkOverlay(root string) error {
-	if err := overlayutils.Supported(root); err != nil {
-		return fault.New(errdefs.ErrFailedPrecondition,
-			"overlay mounts don't work in %s (%s): %s; choose a --data-root on ext4, xfs (made with ftype=1) or btrfs",
-			root, fsName(root), err)
-	}
-	return nil
-}
 
 func defaultTo(v *int, d int) {
 	if *v <= 0 {
