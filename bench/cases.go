@@ -197,7 +197,7 @@ func (s *suite) parallel(ctx context.Context) error {
 		}
 		rounds := 3
 		if n == 100 {
-			rounds = 2
+			rounds = 1
 		}
 		if err := s.timed(ctx, fmt.Sprintf("start-%d", n), fmt.Sprintf("API: %d starts in parallel", n), rounds, 1, false, contenders); err != nil {
 			return err
@@ -271,5 +271,5 @@ func (s *suite) startups(ctx context.Context) error {
 			return measurement{total: took}, err
 		}})
 	}
-	return s.timed(ctx, "startup", "daemon start with 200 stopped containers present", 5, 3, false, contenders)
+	return s.timed(ctx, "startup", "daemon start with 200 stopped containers present", 4, 2, false, contenders)
 }

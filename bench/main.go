@@ -65,7 +65,7 @@ func main() {
 	flag.StringVar(&o.json, "json", "", "write everything measured to this `file`")
 	flag.StringVar(&o.keepLogs, "logs", "", "copy the daemons' logs to this `directory`")
 	flag.BoolVar(&o.quick, "quick", false, "fewer rounds, and not the longest cases")
-	flag.DurationVar(&o.limit, "limit", 0, "begin no new stage after this `time` (default 5m, with -quick 75s)")
+	flag.DurationVar(&o.limit, "limit", 0, "begin no new stage after this `time` (default 4m30s, with -quick 75s)")
 	flag.Parse()
 	if flag.NArg() > 0 {
 		fmt.Fprintf(os.Stderr, "bench: unexpected argument %q\n", flag.Arg(0))
@@ -88,7 +88,7 @@ func bench(ctx context.Context, o options, out io.Writer) error {
 	}
 	begin := time.Now()
 	if o.limit == 0 {
-		o.limit = 5 * time.Minute
+		o.limit = 270 * time.Second
 		if o.quick {
 			o.limit = 75 * time.Second
 		}
