@@ -5,13 +5,9 @@ import (
 	"net"
 	"net/netip"
 	"slices"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
-
-// advertiseAfter lets the bridge's port come up: the kernel tells it of the link being up in its own time.
-const advertiseAfter = 20 * time.Millisecond
 
 // advertise tells neighbours, once and in the background, which hardware address the endpoints' addresses have now: an
 // unsolicited ARP request and a neighbour advertisement. Without them somebody who remembers another owner of the address
@@ -22,11 +18,6 @@ func (c *Controller) advertise(eps []*endpoint) {
 		return
 	}
 	c.wg.Go(func() {
-		select {
-		case <-time.After(advertiseAfter):
-		case <-c.ctx.Done():
-			return
-		}
 		fd, err := unix.Open(eps[0].sandbox.key, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		if err != nil {
 			return // ended already

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -94,13 +95,23 @@ func (c *rtConn) run(steps ...rtStep) error {
 
 // index asks for the index of an interface.
 func (c *rtConn) index(name string) (int, error) {
+	index, _, err := c.link(name, 0)
+	return index, err
+}
+
+// link asks for an interface, by index unless that is 0, and says whether it passes frames.
+func (c *rtConn) link(name string, index int) (_ int, up bool, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	req := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_REQUEST)
-	req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
-	req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index = int32(index)
+	req.AddData(msg)
+	if index == 0 {
+		req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
+	}
 	if err := unix.Sendto(c.fd, req.Serialize(), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return 0, err
+		return 0, false, err
 	}
 	buf := make([]byte, 16<<10)
 	for {
@@ -109,20 +120,44 @@ func (c *rtConn) index(name string) (int, error) {
 			continue
 		}
 		if err != nil {
-			return 0, err
+			return 0, false, err
 		}
 		msgs, err := parseMessages(buf[:n])
 		if err != nil {
-			return 0, err
+			return 0, false, err
 		}
 		for _, m := range msgs {
 			switch {
 			case m.seq != req.Seq:
 			case m.typ == unix.NLMSG_ERROR:
-				return 0, fmt.Errorf("interface %s: %w", name, unix.Errno(-int32(nl.NativeEndian().Uint32(m.data[:4]))))
+				return 0, false, fmt.Errorf("interface %s: %w", name, unix.Errno(-int32(nl.NativeEndian().Uint32(m.data[:4]))))
 			case m.typ == unix.RTM_NEWLINK:
-				return int(nl.DeserializeIfInfomsg(m.data).Index), nil
+				attrs, err := nl.ParseRouteAttr(m.data[unix.SizeofIfInfomsg:])
+				if err != nil {
+					return 0, false, err
+				}
+				for _, a := range attrs {
+					if a.Attr.Type == unix.IFLA_OPERSTATE && len(a.Value) == 1 {
+						up = netlink.LinkOperState(a.Value[0]) == netlink.OperUp
+					}
+				}
+				return int(nl.DeserializeIfInfomsg(m.data).Index), up, nil
 			}
+		}
+	}
+}
+
+// linkSettle bounds the wait of settle.
+const linkSettle = 200 * time.Millisecond
+
+// settle waits until an interface that was brought up passes frames. The kernel first lets a work queue see the carrier
+// ("linkwatch"); until then what is sent is dropped without a word, and a client tries again a second later. Asking for
+// the link makes the kernel (6.8 and newer) do that work at once; older ones need a moment.
+func (c *rtConn) settle(name string, index int) error {
+	for end := time.Now().Add(linkSettle); ; time.Sleep(time.Millisecond) {
+		_, up, err := c.link(name, index)
+		if err != nil || up || time.Now().After(end) {
+			return err
 		}
 	}
 }

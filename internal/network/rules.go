@@ -31,6 +31,12 @@ func (f *firewall) addRules() {
 	rule(raw, ifin(f.bridges), ipv4(), payload(expr.PayloadBaseNetworkHeader, 16, 1), loopback4, drop)
 	rule(raw, ifin(f.bridges), ipv4(), payload(expr.PayloadBaseNetworkHeader, 12, 1), loopback4, drop)
 
+	// What is published on a loopback address is for this host, also where the administrator lets 127.0.0.0/8 in elsewhere:
+	// the socket that holds the port would take it.
+	rule(raw, []expr.Any{&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1}}, neq(ifnameKey("lo"), 1), ipv4(),
+		payload(expr.PayloadBaseNetworkHeader, 16, 1), loopback4, l4(), payload(expr.PayloadBaseNetworkHeader, 16, 4, reg32(1)),
+		payload(expr.PayloadBaseTransportHeader, 2, 2, reg32(2)), lookupTo(f.publish[fam4]), drop)
+
 	forward := chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter)
 	published := []expr.Any{
 		&expr.Ct{Register: 1, Key: expr.CtKeySTATUS},

@@ -1,6 +1,7 @@
 package network
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -266,7 +267,11 @@ func (c *Controller) plug(ep *endpoint, fd int, rt *rtConn, u *undo) error {
 			steps = append(steps, addrAdd(index, linkLocalPrefix(a)))
 		}
 	}
-	return rt.run(append(steps, linkUp(ep.IfName, index))...)
+	if err := rt.run(append(steps, linkUp(ep.IfName, index))...); err != nil {
+		return err
+	}
+	// The end that came up last passes frames at once; the other, then its bridge, have to be waited for.
+	return cmp.Or(c.rt.settle(ep.hostIf(), 0), c.rt.settle(n.Bridge, n.index))
 }
 
 // linkLocalPrefix gives an address asked for as link-local the prefix Docker gives it.
