@@ -3,7 +3,6 @@ package engine
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"time"
 
@@ -162,9 +161,6 @@ func (e *Engine) startFailed(c *Container, err error) error {
 		code, kind = 126, errdefs.ErrInvalidArgument
 	}
 	text := err.Error()
-	if code != 128 {
-		text = fmt.Sprintf("unable to start container process: %s", err)
-	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.rec.State.ExitCode, c.rec.State.Error = code, text
@@ -174,7 +170,5 @@ func (e *Engine) startFailed(c *Container, err error) error {
 	if serr := e.save(c); serr != nil {
 		e.log.Warn("failed start not recorded", "container", c.rec.ID, "error", serr)
 	}
-	// Clients of `docker run` wait for the next exit before they start: this is it.
-	c.notify()
 	return fault.New(kind, "%s", text)
 }

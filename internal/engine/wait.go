@@ -53,7 +53,7 @@ func (c *Container) forget(answer chan container.WaitResponse) {
 // waitResponse is what waiting clients are told. Call with mu held.
 func (c *Container) waitResponse() container.WaitResponse {
 	r := container.WaitResponse{StatusCode: int64(c.rec.State.ExitCode)}
-	if c.rec.State.Error != "" {
+	if c.rec.State.Error != "" && !c.removed {
 		r.Error = &container.WaitExitError{Message: c.rec.State.Error}
 	}
 	return r
