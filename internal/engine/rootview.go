@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/moby/moby/api/types/mount"
 	"github.com/moby/sys/mountinfo"
+	"github.com/moby/sys/symlink"
 	"github.com/moby/sys/user"
 	"golang.org/x/sys/unix"
 
@@ -292,10 +293,15 @@ func enterMounted(root string, mounts []mountPoint) error {
 		return err
 	}
 	for _, c := range clones {
-		if err := makeMountPoint(c.target, c.dir); err != nil {
+		// A link that leads nowhere yet is followed as far as it goes.
+		target, err := symlink.FollowSymlinkInScope(c.target, "/")
+		if err != nil {
 			return err
 		}
-		if err := unix.MoveMount(c.fd, "", unix.AT_FDCWD, c.target, unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_SYMLINKS); err != nil {
+		if err := makeMountPoint(target, c.dir); err != nil {
+			return err
+		}
+		if err := unix.MoveMount(c.fd, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
 			return fmt.Errorf("mount on %s: %w", c.target, err)
 		}
 	}
