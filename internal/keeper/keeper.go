@@ -38,6 +38,7 @@ const (
 	OpExec    = "exec"
 	OpStart   = "start"
 	OpAttach  = "attach"
+	OpStdin   = "stdin"
 	OpSignal  = "signal"
 	OpResize  = "resize"
 	OpState   = "state"
@@ -140,9 +141,11 @@ type Response struct {
 	// Offsets in stdout and stderr where an attach begins, and whether it is a terminal.
 	Offsets  [2]int64 `json:"offsets,omitzero"`
 	Terminal bool     `json:"terminal,omitempty"`
-	// Stdin says that a descriptor of stdin came with this answer.
-	Stdin    bool     `json:"stdin,omitempty"`
-	Warnings []string `json:"warnings,omitempty"`
+	// Stdin says that a descriptor of stdin came with this answer; StdinLater that there will be one when the process
+	// runs, for which OpStdin waits.
+	Stdin      bool     `json:"stdin,omitempty"`
+	StdinLater bool     `json:"stdinLater,omitempty"`
+	Warnings   []string `json:"warnings,omitempty"`
 }
 
 // Hello is who answers.
@@ -177,6 +180,9 @@ type State struct {
 	Terminal bool   `json:"terminal,omitempty"`
 	Paused   bool   `json:"paused,omitempty"`
 	Exit     *Exit  `json:"exit,omitempty"`
+	// Offsets are the lengths of stdout and stderr so far; Done says that no more comes.
+	Offsets [2]int64 `json:"offsets,omitzero"`
+	Done    bool     `json:"done,omitempty"`
 	// Deleted marks the event that says the process is no longer held.
 	Deleted bool `json:"deleted,omitempty"`
 }

@@ -25,6 +25,7 @@ type Stream struct {
 	want   Attach
 	raw    bool     // a terminal: no frames
 	stdin  *os.File // nil when there is nothing to write to
+	later  bool     // stdin is to be asked for when it is needed
 	ctx    context.Context
 	cancel context.CancelFunc
 
@@ -54,7 +55,7 @@ func (c *Client) Attach(ctx context.Context, k Key, a Attach) (*Stream, error) {
 		s.cancel()
 		return nil, err
 	}
-	s.stdin, s.raw, s.pos = stdin, res.Terminal, res.Offsets
+	s.stdin, s.later, s.raw, s.pos = stdin, res.StdinLater, res.Terminal, res.Offsets
 	return s, nil
 }
 
@@ -85,11 +86,17 @@ func (s *Stream) connect(ctx context.Context, a Attach) (*Response, *os.File, er
 }
 
 func (s *Stream) shake(conn *net.UnixConn, a Attach) (*Response, *os.File, error) {
-	if err := write(conn, &Request{Op: OpAttach, Key: s.key, Attach: &a}); err != nil {
-		return nil, nil, err
+	res, stdin, ahead, err := ask(conn, &Request{Op: OpAttach, Key: s.key, Attach: &a})
+	s.ahead = ahead
+	return res, stdin, err
+}
+
+// ask makes a request whose answer may bring a descriptor, and be followed by more.
+func ask(conn *net.UnixConn, r *Request) (res *Response, stdin *os.File, ahead []byte, err error) {
+	if err := write(conn, r); err != nil {
+		return nil, nil, nil, err
 	}
 	var got []byte
-	var stdin *os.File
 	buf, oob := make([]byte, 4096), make([]byte, syscall.CmsgSpace(4))
 	for {
 		n, oobn, _, _, err := conn.ReadMsgUnix(buf, oob)
@@ -97,7 +104,7 @@ func (s *Stream) shake(conn *net.UnixConn, a Attach) (*Response, *os.File, error
 			err = io.EOF
 		}
 		if err != nil {
-			return nil, nil, fmt.Errorf("keeper: attach: %w", err)
+			return nil, nil, nil, fmt.Errorf("keeper: %s: %w", r.Op, err)
 		}
 		if f := receivedFile(oob[:oobn]); f != nil {
 			stdin = f
@@ -108,8 +115,7 @@ func (s *Stream) shake(conn *net.UnixConn, a Attach) (*Response, *os.File, error
 			if err != nil && stdin != nil {
 				stdin.Close()
 			}
-			s.ahead = got[i+1:]
-			return res, stdin, err
+			return res, stdin, got[i+1:], err
 		}
 	}
 }
@@ -195,66 +201,92 @@ func (s *Stream) again() error {
 		if closed {
 			return net.ErrClosed
 		}
+		conn.Close()
 		state, err := s.c.State(s.ctx, s.key)
-		if err != nil || s.have > 0 {
-			// Deleted, or cut inside a header, which only a keeper that went wrong does.
+		if err != nil || s.have > 0 || state.Done && s.has(state.Offsets) {
+			// Deleted, at the end, or cut inside a header: the keeper sends a frame in one piece, so that can't be
+			// mended.
 			return io.EOF
 		}
-		over := state.Status == Ended || state.Status == Failed
-		conn.Close()
 		a := s.want
 		a.Stdin, a.From = false, &[2]int64{s.pos[0], s.pos[1]}
 		if !s.raw && s.left > 0 {
 			a.Rest, a.RestOf = s.left, s.of+1
 		}
 		res, _, err := s.connect(s.ctx, a)
-		if err != nil {
-			if errors.As(err, new(*Error)) || errors.Is(err, net.ErrClosed) || errors.Is(err, errdefs.ErrUnavailable) {
-				return io.EOF
-			}
-			continue
-		}
-		if s.pos != res.Offsets && !over {
+		switch {
+		case err == nil:
 			s.pos = res.Offsets
-		}
-		if over && !s.more() {
+			return nil
+		case errors.As(err, new(*Error)), errors.Is(err, net.ErrClosed), errors.Is(err, errdefs.ErrUnavailable):
 			return io.EOF
 		}
-		return nil
 	}
 }
 
-// more says whether the new connection brings anything.
-func (s *Stream) more() bool {
-	if len(s.ahead) > 0 {
-		return true
-	}
-	b := make([]byte, 4096)
-	n, _ := s.conn.Read(b)
-	s.ahead = b[:n]
-	return n > 0
+// has says whether the reader has all it wants of that much output.
+func (s *Stream) has(total [2]int64) bool {
+	return (!s.want.Stdout || s.pos[0] >= total[0]) && (!s.want.Stderr || s.raw || s.pos[1] >= total[1])
 }
 
-// Write sends stdin. Without an open stdin it is thrown away, as Docker does.
+// Write sends stdin. Without an open stdin it is thrown away, as Docker does; before the process has a terminal it waits.
 func (s *Stream) Write(b []byte) (int, error) {
-	if s.stdin == nil {
+	stdin, err := s.input()
+	if err != nil {
+		return 0, err
+	}
+	if stdin == nil {
 		return len(b), nil
 	}
-	return s.stdin.Write(b)
+	return stdin.Write(b)
+}
+
+// input is what to write to, asked for when it wasn't there at the beginning.
+func (s *Stream) input() (*os.File, error) {
+	s.mu.Lock()
+	stdin, later := s.stdin, s.later
+	s.mu.Unlock()
+	for ; later && s.ctx.Err() == nil; time.Sleep(10 * time.Millisecond) {
+		conn, err := s.c.dial(s.ctx)
+		if err != nil {
+			return nil, err
+		}
+		stop := context.AfterFunc(s.ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+		res, stdin, _, err := ask(conn, &Request{Op: OpStdin, Key: s.key})
+		stop()
+		conn.Close()
+		if err == nil || errors.As(err, new(*Error)) {
+			return s.setInput(res, stdin)
+		}
+	}
+	return stdin, s.ctx.Err()
+}
+
+func (s *Stream) setInput(res *Response, stdin *os.File) (*os.File, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.later = false
+	if s.closed && stdin != nil {
+		stdin.Close()
+		return nil, net.ErrClosed
+	}
+	if res == nil {
+		return nil, io.ErrClosedPipe // it is deleted
+	}
+	s.stdin = stdin
+	return stdin, nil
 }
 
 // CloseWrite ends stdin: for an exec, and for a workload with StdinOnce; else others may still attach and write.
 func (s *Stream) CloseWrite() error {
-	if s.stdin == nil {
-		return nil
-	}
-	if !s.raw {
-		if err := s.stdin.Close(); errors.Is(err, os.ErrClosed) {
-			return nil
-		}
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.stdin == nil || s.raw {
+		return nil // of a terminal the end of input is a character
+	}
+	if err := s.stdin.Close(); errors.Is(err, os.ErrClosed) {
+		return nil
+	}
 	if s.conn == nil || s.closed {
 		return nil
 	}

@@ -14,7 +14,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -118,7 +117,7 @@ func (h *host) close() {
 	}
 	h.d.Close()
 	for _, pid := range pids {
-		for i := 0; syscall.Kill(pid, 0) == nil; i++ {
+		for i := 0; running(pid); i++ {
 			if i > 100 {
 				h.t.Errorf("keeper process %d is still there", pid)
 				break
@@ -141,6 +140,16 @@ func (h *host) close() {
 			}
 		}
 	}
+}
+
+// running says whether a process is there and no zombie that its parent is slow to collect.
+func running(pid int) bool {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return false
+	}
+	_, rest, _ := strings.Cut(string(raw), ") ")
+	return !strings.HasPrefix(rest, "Z")
 }
 
 func makeRootfs(t testing.TB, busybox, root string) {

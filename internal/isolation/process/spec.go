@@ -2,7 +2,6 @@ package process
 
 import (
 	"maps"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -13,7 +12,6 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/moby/api/types/container"
-	"github.com/opencontainers/cgroups"
 	"github.com/opencontainers/runtime-spec/specs-go"
 )
 
@@ -94,7 +92,7 @@ func addNamespaces(spec *specs.Spec, s *isolation.Spec) {
 // privateCgroupNS: by default a container sees its own control group as the root on v2, and the host's tree on v1.
 func privateCgroupNS(h *container.HostConfig) bool {
 	if h.CgroupnsMode.IsEmpty() {
-		return cgroups.IsCgroup2UnifiedMode()
+		return unified()
 	}
 	return h.CgroupnsMode.IsPrivate()
 }
@@ -243,43 +241,3 @@ func (d *Driver) addInit(spec *specs.Spec, s *isolation.Spec) {
 		Destination: initPath, Type: "bind", Source: path, Options: []string{"bind", "ro"},
 	})
 }
-
-// hostFeatures is what control groups here can do.
-type hostFeatures struct {
-	swapLimit, swappiness, oomKillDisable, reservation bool
-	memory, cpuset, pids, cfs, shares, blkioWeight     bool
-	blkioThrottle, cpuRealtime                         bool
-}
-
-var hostHas = sync.OnceValue(func() hostFeatures {
-	if cgroups.IsCgroup2UnifiedMode() {
-		raw, err := os.ReadFile("/sys/fs/cgroup/cgroup.controllers")
-		if err != nil {
-			return hostFeatures{}
-		}
-		has := func(c string) bool { return slices.Contains(strings.Fields(string(raw)), c) }
-		_, swapErr := os.Stat("/proc/swaps")
-		return hostFeatures{
-			memory: has("memory"), reservation: has("memory"), swapLimit: has("memory") && swapErr == nil,
-			cpuset: has("cpuset"), pids: has("pids"), cfs: has("cpu"), shares: has("cpu"),
-			blkioWeight: has("io"), blkioThrottle: has("io"),
-		}
-	}
-	has := func(controller, file string) bool {
-		mount, err := cgroups.FindCgroupMountpoint("", controller)
-		if err != nil {
-			return false
-		}
-		_, err = os.Stat(filepath.Join(mount, file))
-		return err == nil
-	}
-	return hostFeatures{
-		memory: has("memory", "memory.limit_in_bytes"), reservation: has("memory", "memory.soft_limit_in_bytes"),
-		swapLimit: has("memory", "memory.memsw.limit_in_bytes"), swappiness: has("memory", "memory.swappiness"),
-		oomKillDisable: has("memory", "memory.oom_control"),
-		cpuset:         has("cpuset", "cpuset.cpus"), pids: has("pids", ""),
-		cfs: has("cpu", "cpu.cfs_quota_us"), shares: has("cpu", "cpu.shares"), cpuRealtime: has("cpu", "cpu.rt_runtime_us"),
-		blkioWeight:   has("blkio", "blkio.weight") || has("blkio", "blkio.bfq.weight"),
-		blkioThrottle: has("blkio", "blkio.throttle.read_bps_device"),
-	}
-})

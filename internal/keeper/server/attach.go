@@ -5,6 +5,9 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
+	"path/filepath"
+	"time"
 
 	"dolium/internal/keeper"
 )
@@ -46,7 +49,55 @@ func (p *proc) attach(conn *net.UnixConn, a *keeper.Attach) (*client, error) {
 		}
 	}
 	p.clients[c] = struct{}{}
+	if a.From != nil {
+		p.ghostReturned()
+	}
+	p.countClients()
 	return c, nil
+}
+
+// countClients notes how many clients are attached, for a worker after us. p.mu is held.
+func (p *proc) countClients() {
+	n := len(p.clients)
+	if p.ghost != nil {
+		n += p.ghosts - 1
+	}
+	if p.gone || p.rec.Deleting {
+		return
+	}
+	if err := os.WriteFile(filepath.Join(p.dir, clientsFile), []byte{byte(min(n, 255))}, 0o600); err != nil {
+		p.w.log.Error("note clients", "process", p.rec.Key, "error", err)
+	}
+}
+
+// A ghost stands for the clients that were attached to a worker that was killed: what they haven't got yet is kept for
+// them until all have come back, but not for long.
+const ghostTime = 3 * time.Second
+
+func (p *proc) summonGhost() {
+	b, err := os.ReadFile(filepath.Join(p.dir, clientsFile))
+	if err != nil || len(b) != 1 || b[0] == 0 {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	g := &client{p: p, want: [2]bool{true, true}}
+	for i, s := range p.out {
+		g.pos[i] = max(0, s.size-maxLag-maxSplice)
+	}
+	p.ghost, p.ghosts = g, int(b[0])
+	p.clients[g] = struct{}{}
+	time.AfterFunc(ghostTime, func() { g.leave() })
+}
+
+// ghostReturned is called when a client has come back. p.mu is held.
+func (p *proc) ghostReturned() {
+	if p.ghost == nil {
+		return
+	}
+	if p.ghosts--; p.ghosts <= 0 {
+		go p.ghost.leave()
+	}
 }
 
 // serve sends output until all is sent or the peer has gone. rest is as in keeper.Attach.
@@ -174,7 +225,15 @@ func (c *client) leave() {
 		p.closeStdin()
 	}
 	p.mu.Lock()
+	if _, ok := p.clients[c]; !ok {
+		p.mu.Unlock()
+		return // a ghost that left before
+	}
 	delete(p.clients, c)
+	if p.ghost == c {
+		p.ghost = nil
+	}
+	p.countClients()
 	stalled := p.out[0].stalled || p.out[1].stalled
 	last := p.gone && len(p.clients) == 0
 	p.mu.Unlock()

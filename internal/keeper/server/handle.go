@@ -39,6 +39,8 @@ func (w *worker) handle(conn *net.UnixConn) {
 		w.serveEvents(conn)
 	case keeper.OpAttach:
 		w.serveAttach(conn, &r)
+	case keeper.OpStdin:
+		w.serveStdin(conn, &r)
 	case keeper.OpUpgrade:
 		answer(conn, nil, w.upgrade(r.Binary))
 	default:
@@ -195,18 +197,43 @@ func (c *client) greet(res *keeper.Response, stdin bool) error {
 	if stdin {
 		c.p.mu.Lock()
 		fd = c.p.stdinFD()
+		s := c.p.rec.Status
+		res.StdinLater = c.p.rec.Terminal && c.p.rec.OpenStdin && (s == created || s == starting)
 		c.p.mu.Unlock()
 	}
-	res.Stdin, c.stdin = fd >= 0, fd >= 0
+	c.stdin = fd >= 0 || res.StdinLater
+	return answerWith(c.conn, res, fd)
+}
+
+// answerWith answers with a descriptor of stdin, which it closes here.
+func answerWith(conn *net.UnixConn, res *keeper.Response, fd int) error {
+	var rights []byte
+	if res.Stdin = fd >= 0; res.Stdin {
+		defer unix.Close(fd)
+		rights = unix.UnixRights(fd)
+	}
 	b, err := json.Marshal(res)
 	if err != nil {
 		return err
 	}
-	var rights []byte
-	if fd >= 0 {
-		defer unix.Close(fd)
-		rights = unix.UnixRights(fd)
-	}
-	_, _, err = c.conn.WriteMsgUnix(append(b, '\n'), rights, nil)
+	_, _, err = conn.WriteMsgUnix(append(b, '\n'), rights, nil)
 	return err
+}
+
+// serveStdin waits for a process to have a terminal and answers with a descriptor of it.
+func (w *worker) serveStdin(conn *net.UnixConn, r *keeper.Request) {
+	p, err := w.proc(r.Key)
+	if err != nil {
+		answer(conn, nil, err)
+		return
+	}
+	p.mu.Lock()
+	for !p.gone && (p.rec.Status == created || p.rec.Status == starting) {
+		p.cond.Wait()
+	}
+	fd := p.stdinFD()
+	p.mu.Unlock()
+	if err := answerWith(conn, &keeper.Response{}, fd); err != nil {
+		w.log.Debug("stdin", "process", r.Key, "error", err)
+	}
 }

@@ -41,7 +41,9 @@ type proc struct {
 	stdin   int // end to write to, -1 when there is none
 	tty     int // master of the terminal, -1 when there is none
 	clients map[*client]struct{}
-	gone    bool // deleted: clients get what there is and then the end
+	ghost   *client // one of the clients, or nil
+	ghosts  int     // how many it stands for
+	gone    bool    // deleted: clients get what there is and then the end
 	logErr  time.Time
 	// rows and cols are the terminal's first size, as far as it is known before the start.
 	rows, cols uint32
@@ -95,6 +97,8 @@ func (p *proc) state() keeper.State {
 	if s.Status == running {
 		s.PID = p.rec.PID
 	}
+	s.Offsets = [2]int64{p.out[0].size, p.out[1].size}
+	s.Done = p.out[0].eof && p.out[1].eof
 	return s
 }
 
@@ -296,6 +300,11 @@ func (p *proc) collect() (syscall.WaitStatus, time.Time, bool) {
 		}
 		if status, ok := exitOf(p.pidfd); ok {
 			return status, time.Now(), true
+		}
+		if wait > 50*time.Millisecond { // not the guard's child, but that of an init, which may be slow
+			if status, ok := zombieStatus(pid, start); ok {
+				return status, time.Now(), true
+			}
 		}
 		time.Sleep(wait)
 	}

@@ -37,6 +37,7 @@ const (
 	recordFile  = "record.json"
 	configFile  = "config.json"  // OCI runtime spec of a workload that wasn't started yet
 	processFile = "process.json" // the same of an exec
+	clientsFile = "clients"      // how many clients are attached
 )
 
 func (w *worker) procDir(k keeper.Key) string {

@@ -88,6 +88,7 @@ func (p *proc) readopt() error {
 		if err := p.prepare(); err != nil {
 			return err
 		}
+		p.summonGhost()
 		if err := p.readoptRunning(); err != nil {
 			return err
 		}
@@ -95,6 +96,7 @@ func (p *proc) readopt() error {
 		if err := p.prepare(); err != nil {
 			return err
 		}
+		p.summonGhost()
 		for _, s := range p.out {
 			if err := s.begin(); err != nil {
 				return err

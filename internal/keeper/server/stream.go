@@ -52,6 +52,8 @@ type stream struct {
 }
 
 const (
+	maxSplice = 1 << 20
+
 	maxLine  = 16 << 10 // longer lines go into the log in pieces, as Docker's do
 	chunk    = 64 << 10
 	maxLag   = 1 << 20 // how far a client may be behind before the process has to wait, as in Docker
@@ -223,18 +225,18 @@ func (s *stream) take() (int, error) {
 	}
 	off := s.size // only this goroutine changes it
 	if !s.tty {
-		n, err := unix.Splice(s.src, nil, int(s.spool.Fd()), &off, 1<<20, flags)
+		n, err := unix.Splice(s.src, nil, int(s.spool.Fd()), &off, maxSplice, flags)
 		return int(n), err
 	}
 	// What a dead worker left in the pipe comes first.
-	if n, err := unix.Splice(s.transit, nil, int(s.spool.Fd()), &off, 1<<20, flags); n > 0 || !errors.Is(err, unix.EAGAIN) {
+	if n, err := unix.Splice(s.transit, nil, int(s.spool.Fd()), &off, maxSplice, flags); n > 0 || !errors.Is(err, unix.EAGAIN) {
 		return int(n), err
 	}
 	n, err := unix.Splice(s.src, nil, s.transitW, nil, chunk, flags)
 	if n <= 0 {
 		return 0, err
 	}
-	n, err = unix.Splice(s.transit, nil, int(s.spool.Fd()), &off, 1<<20, flags)
+	n, err = unix.Splice(s.transit, nil, int(s.spool.Fd()), &off, maxSplice, flags)
 	return int(n), err
 }
 
@@ -340,7 +342,7 @@ func (s *stream) lowest() int64 {
 // trim gives back the memory of what everyone has, when that is at least n bytes.
 func (s *stream) trim(n int64) {
 	s.p.mu.Lock()
-	upTo := min(s.lowest(), s.logged) &^ pageMask
+	upTo := max(min(s.lowest(), s.logged)&^pageMask, s.punched)
 	from := s.punched
 	if upTo-from < n {
 		s.p.mu.Unlock()

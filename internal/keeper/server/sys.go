@@ -12,23 +12,37 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// startTime is a process's start in clock ticks since boot (field 22 of /proc/PID/stat, proc_pid_stat(5)). Together with
-// the PID it names a process for good.
-func startTime(pid int) (uint64, error) {
+// statFields are the fields of /proc/PID/stat (proc_pid_stat(5)) from the third on, the process's state.
+func statFields(pid int) ([][]byte, error) {
 	raw, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if err != nil {
+		return nil, err
+	}
+	// The name in parentheses may hold anything, also parentheses.
+	fields := bytes.Fields(raw[bytes.LastIndexByte(raw, ')')+1:])
+	if len(fields) < 50 {
+		return nil, fmt.Errorf("malformed /proc/%d/stat", pid)
+	}
+	return fields, nil
+}
+
+// startTime is a process's start in clock ticks since boot. Together with the PID it names a process for good.
+func startTime(pid int) (uint64, error) {
+	fields, err := statFields(pid)
 	if err != nil {
 		return 0, err
 	}
-	// The name in parentheses may hold anything, also parentheses.
-	i := bytes.LastIndexByte(raw, ')')
-	if i < 0 {
-		return 0, fmt.Errorf("malformed /proc/%d/stat", pid)
-	}
-	fields := bytes.Fields(raw[i+1:])
-	if len(fields) < 20 {
-		return 0, fmt.Errorf("malformed /proc/%d/stat", pid)
-	}
 	return strconv.ParseUint(string(fields[19]), 10, 64)
+}
+
+// zombieStatus is how a process ended that its parent, not we, has yet to reap.
+func zombieStatus(pid int, start uint64) (syscall.WaitStatus, bool) {
+	fields, err := statFields(pid)
+	if err != nil || string(fields[0]) != "Z" || string(fields[19]) != strconv.FormatUint(start, 10) {
+		return 0, false
+	}
+	status, err := strconv.Atoi(string(fields[49]))
+	return syscall.WaitStatus(status), err == nil
 }
 
 // openPID opens a pidfd of the process that was started at start. Error: ESRCH when it is gone.
