@@ -17,6 +17,7 @@ import (
 	"dolium/internal/state"
 
 	"github.com/containerd/errdefs"
+	"github.com/google/nftables"
 	"github.com/moby/moby/api/types/network"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -50,6 +51,12 @@ type Controller struct {
 	nets      map[string]*nw      // by ID
 	sandboxes map[string]*sandbox // by container ID
 
+	// foreignMu guards what concerns other firewalls: a connection to nftables, what has to be said and what was said.
+	foreignMu sync.Mutex
+	foreign   *nftables.Conn
+	warnings  []string
+	warned    map[string]bool
+
 	// shape serializes making and removing networks.
 	shape sync.Mutex
 	// files guards hosts files and sandboxes' records, which other containers' starts may change.
@@ -63,7 +70,7 @@ func New(ctx context.Context, cfg Config) (_ *Controller, err error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	c := &Controller{cfg: cfg, log: cfg.Log, nets: map[string]*nw{}, sandboxes: map[string]*sandbox{}, forwards: make(chan struct{}, 1024)}
+	c := &Controller{cfg: cfg, log: cfg.Log, nets: map[string]*nw{}, sandboxes: map[string]*sandbox{}, forwards: make(chan struct{}, 1024), warned: map[string]bool{}}
 	defer func() {
 		if err != nil {
 			c.Close()
@@ -95,6 +102,9 @@ func New(ctx context.Context, cfg Config) (_ *Controller, err error) {
 		return nil, err
 	}
 	if err := c.fw.rebuild(c.sorted()); err != nil {
+		return nil, err
+	}
+	if err := c.watchForeign(); err != nil {
 		return nil, err
 	}
 	c.openForeign()
@@ -136,6 +146,9 @@ func (c *Controller) open() error {
 		return err
 	}
 	if c.fw, err = newFirewall(c.ns, c.cfg.Table, c.log); err != nil {
+		return err
+	}
+	if c.foreign, err = openNftables(c.ns); err != nil {
 		return err
 	}
 	c.hasIPv6 = ipv6Usable()
@@ -197,7 +210,10 @@ func (c *Controller) Close() error {
 		c.links.Close()
 	}
 	if c.fw != nil {
-		c.fw.close()
+		c.fw.conn.CloseLasting()
+	}
+	if c.foreign != nil {
+		c.foreign.CloseLasting()
 	}
 	if c.ns.fd > 0 {
 		unix.Close(c.ns.fd)

@@ -50,6 +50,17 @@ const (
 var errNoTable = errors.New("no such table")
 
 func newFirewall(ns namespace, table string, log *slog.Logger) (*firewall, error) {
+	conn, err := openNftables(ns)
+	if err != nil {
+		return nil, err
+	}
+	f := &firewall{conn: conn, log: log, table: &nftables.Table{Family: nftables.TableFamilyINet, Name: table}}
+	f.defineSets()
+	return f, nil
+}
+
+// openNftables opens a connection that stays.
+func openNftables(ns namespace) (*nftables.Conn, error) {
 	opts := []nftables.ConnOption{nftables.AsLasting()}
 	if !ns.own {
 		opts = append(opts, nftables.WithNetNSFd(ns.fd))
@@ -58,12 +69,8 @@ func newFirewall(ns namespace, table string, log *slog.Logger) (*firewall, error
 	if err != nil {
 		return nil, fmt.Errorf("open nftables: %w", err)
 	}
-	f := &firewall{conn: conn, log: log, table: &nftables.Table{Family: nftables.TableFamilyINet, Name: table}}
-	f.defineSets()
-	return f, nil
+	return conn, nil
 }
-
-func (f *firewall) close() { f.conn.CloseLasting() }
 
 func (f *firewall) defineSets() {
 	name := nftables.TypeIFName
