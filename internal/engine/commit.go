@@ -5,6 +5,7 @@ import (
 	"io"
 	"maps"
 	"slices"
+	"strings"
 
 	"github.com/distribution/reference"
 	"github.com/moby/moby/api/types/container"
@@ -150,13 +151,36 @@ func union[K comparable, V any](a, b map[K]V) map[K]V {
 	return out
 }
 
-// ContainerChanges lists what a container has changed in its root. Error: ErrNotFound.
+// ContainerChanges lists what a container has changed in its root, without the places that were made in it to mount the
+// system's own files on. Error: ErrNotFound.
 func (e *Engine) ContainerChanges(ctx context.Context, ref string) ([]container.FilesystemChange, error) {
 	c, err := e.lookup(ref)
 	if err != nil {
 		return nil, err
 	}
-	return e.images.LayerDiff(ctx, c.ID())
+	changes, err := e.images.LayerDiff(ctx, c.ID())
+	if err != nil {
+		return nil, err
+	}
+	return withoutMountPoints(changes), nil
+}
+
+// systemPaths are what every container has mounted.
+var systemPaths = []string{"/dev", "/proc", "/sys", "/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/.dockerenv"}
+
+func withoutMountPoints(changes []container.FilesystemChange) []container.FilesystemChange {
+	etc := false // something of ours was in /etc
+	made := func(c container.FilesystemChange) bool {
+		ours := c.Kind == container.ChangeAdd && slices.Contains(systemPaths, c.Path) || strings.HasPrefix(c.Path, "/dev/")
+		etc = etc || ours && strings.HasPrefix(c.Path, "/etc/")
+		return ours
+	}
+	left := slices.DeleteFunc(changes, made)
+	if !etc || slices.ContainsFunc(left, func(c container.FilesystemChange) bool { return strings.HasPrefix(c.Path, "/etc/") }) {
+		return left
+	}
+	// It counts as changed for nothing else.
+	return slices.DeleteFunc(left, func(c container.FilesystemChange) bool { return c.Path == "/etc" && c.Kind == container.ChangeModify })
 }
 
 // ContainerExport writes a container's root as a tar archive, without its mounts. Error: ErrNotFound.

@@ -57,7 +57,7 @@ func (e *Engine) Info(ctx context.Context) (*system.Info, error) {
 		DefaultRuntime: builtinRuntime, Swarm: swarm.Info{LocalNodeState: swarm.LocalNodeStateInactive},
 		LiveRestoreEnabled: e.cfg.LiveRestore, Isolation: container.IsolationProcess,
 		ContainerdCommit: system.Commit{ID: libraryVersion("github.com/containerd/containerd/v2")},
-		RuncCommit:       system.Commit{ID: libraryVersion("github.com/opencontainers/runc")},
+		RuncCommit:       system.Commit{ID: "N/A"}, // its library is part of the keeper
 		InitBinary:       "dolium-init", InitCommit: system.Commit{ID: e.cfg.Commit},
 		SecurityOptions: e.securityOptions(), FirewallBackend: &system.FirewallInfo{Driver: "nftables"},
 		CDISpecDirs: []string{}, DiscoveredDevices: []system.DeviceInfo{},
@@ -221,7 +221,6 @@ func (e *Engine) Version(context.Context) system.VersionResponse {
 		}},
 		{Name: "keeper", Version: v.Version, Details: map[string]string{"GitCommit": v.GitCommit}},
 		{Name: "containerd", Version: libraryVersion("github.com/containerd/containerd/v2"), Details: map[string]string{"Use": "library"}},
-		{Name: "libcontainer", Version: libraryVersion("github.com/opencontainers/runc"), Details: map[string]string{"Use": "library"}},
 	}
 	return v
 }

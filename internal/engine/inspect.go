@@ -25,6 +25,9 @@ func (e *Engine) ContainerInspect(ctx context.Context, ref string, size bool) (*
 	rec := &v.rec
 	cfg, host := *rec.Config, *rec.HostConfig
 	host.Links = e.linksInspected(rec)
+	if host.Runtime == "" {
+		host.Runtime = builtinRuntime
+	}
 	if cfg.Labels == nil {
 		cfg.Labels = map[string]string{}
 	}
