@@ -10,9 +10,9 @@ bindir=${PREFIX:-/usr/local}/bin
 live() { [ -z "${DESTDIR:-}" ] && [ -d /run/systemd/system ]; }
 
 if [ "${1:-}" = --remove ]; then
-	live && systemctl disable --now dolium.service dolium.socket || true
+	if live; then systemctl disable --now dolium.service dolium.socket || true; fi
 	rm -f "$units/dolium.service" "$units/dolium.socket"
-	live && systemctl daemon-reload || true
+	if live; then systemctl daemon-reload; fi
 	exit 0
 fi
 

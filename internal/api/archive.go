@@ -24,10 +24,10 @@ type archiveAPI struct{ engine archiveEngine }
 
 func (a archiveAPI) routes() []route {
 	return []route{
-		{"HEAD", "/containers/{name:.*}/archive", a.stat},
-		{"GET", "/containers/{name:.*}/archive", a.get},
-		{"PUT", "/containers/{name:.*}/archive", a.put},
-		{"GET", "/containers/{name:.*}/export", a.export},
+		{"HEAD", "/containers/{name}/archive", a.stat},
+		{"GET", "/containers/{name}/archive", a.get},
+		{"PUT", "/containers/{name}/archive", a.put},
+		{"GET", "/containers/{name}/export", a.export},
 	}
 }
 
@@ -53,7 +53,7 @@ func (a archiveAPI) stat(w http.ResponseWriter, r *request) error {
 	if err != nil {
 		return err
 	}
-	stat, err := a.engine.ContainerStatPath(r.Context(), r.name(), path)
+	stat, err := a.engine.ContainerStatPath(r.Context(), r.name, path)
 	if err != nil {
 		return err
 	}
@@ -65,7 +65,7 @@ func (a archiveAPI) get(w http.ResponseWriter, r *request) error {
 	if err != nil {
 		return err
 	}
-	tar, stat, err := a.engine.ContainerArchivePath(r.Context(), r.name(), path)
+	tar, stat, err := a.engine.ContainerArchivePath(r.Context(), r.name, path)
 	if err != nil {
 		return err
 	}
@@ -83,12 +83,12 @@ func (a archiveAPI) put(_ http.ResponseWriter, r *request) error {
 	if err != nil {
 		return err
 	}
-	return a.engine.ContainerExtractPath(r.Context(), r.name(), path, r.Body, engine.ExtractOptions{
+	return a.engine.ContainerExtractPath(r.Context(), r.name, path, r.Body, engine.ExtractOptions{
 		NoOverwriteDirNonDir: r.bool("noOverwriteDirNonDir"), CopyUIDGID: r.bool("copyUIDGID"),
 	})
 }
 
 func (a archiveAPI) export(w http.ResponseWriter, r *request) error {
 	w.Header().Set("Content-Type", "application/octet-stream")
-	return a.engine.ContainerExport(r.Context(), r.name(), w)
+	return a.engine.ContainerExport(r.Context(), r.name, w)
 }

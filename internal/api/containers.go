@@ -41,19 +41,19 @@ func (a containerAPI) routes() []route {
 		{"GET", "/containers/json", a.list},
 		{"POST", "/containers/create", a.create},
 		{"POST", "/containers/prune", a.prune},
-		{"GET", "/containers/{name:.*}/json", a.inspect},
-		{"GET", "/containers/{name:.*}/top", a.top},
-		{"GET", "/containers/{name:.*}/changes", a.changes},
-		{"POST", "/containers/{name:.*}/start", a.start},
-		{"POST", "/containers/{name:.*}/stop", a.stop},
-		{"POST", "/containers/{name:.*}/restart", a.restart},
-		{"POST", "/containers/{name:.*}/kill", a.kill},
-		{"POST", "/containers/{name:.*}/pause", a.pause},
-		{"POST", "/containers/{name:.*}/unpause", a.unpause},
-		{"POST", "/containers/{name:.*}/rename", a.rename},
-		{"POST", "/containers/{name:.*}/update", a.update},
-		{"POST", "/containers/{name:.*}/resize", a.resize},
-		{"DELETE", "/containers/{name:.*}", a.remove},
+		{"GET", "/containers/{name}/json", a.inspect},
+		{"GET", "/containers/{name}/top", a.top},
+		{"GET", "/containers/{name}/changes", a.changes},
+		{"POST", "/containers/{name}/start", a.start},
+		{"POST", "/containers/{name}/stop", a.stop},
+		{"POST", "/containers/{name}/restart", a.restart},
+		{"POST", "/containers/{name}/kill", a.kill},
+		{"POST", "/containers/{name}/pause", a.pause},
+		{"POST", "/containers/{name}/unpause", a.unpause},
+		{"POST", "/containers/{name}/rename", a.rename},
+		{"POST", "/containers/{name}/update", a.update},
+		{"POST", "/containers/{name}/resize", a.resize},
+		{"DELETE", "/containers/{name}", a.remove},
 		{"POST", "/commit", a.commit},
 	}
 }
@@ -94,7 +94,7 @@ func (a containerAPI) list(w http.ResponseWriter, r *request) error {
 }
 
 func (a containerAPI) inspect(w http.ResponseWriter, r *request) error {
-	c, err := a.engine.ContainerInspect(r.Context(), r.name(), r.bool("size"))
+	c, err := a.engine.ContainerInspect(r.Context(), r.name, r.bool("size"))
 	if err != nil {
 		return err
 	}
@@ -178,7 +178,7 @@ func (a containerAPI) start(w http.ResponseWriter, r *request) error {
 	if r.query.Get("checkpoint") != "" {
 		return fault.New(errdefs.ErrNotImplemented, "starting from a checkpoint is not supported by Dolium yet")
 	}
-	return noContent(w, a.engine.ContainerStart(r.Context(), r.name()))
+	return noContent(w, a.engine.ContainerStart(r.Context(), r.name))
 }
 
 func stopOptions(r *request) (engine.StopOptions, error) {
@@ -199,7 +199,7 @@ func (a containerAPI) stop(w http.ResponseWriter, r *request) error {
 		return err
 	}
 	// A client that gives up waiting hasn't taken back the order: what began is finished.
-	return noContent(w, a.engine.ContainerStop(context.WithoutCancel(r.Context()), r.name(), opts))
+	return noContent(w, a.engine.ContainerStop(context.WithoutCancel(r.Context()), r.name, opts))
 }
 
 func (a containerAPI) restart(w http.ResponseWriter, r *request) error {
@@ -207,27 +207,27 @@ func (a containerAPI) restart(w http.ResponseWriter, r *request) error {
 	if err != nil {
 		return err
 	}
-	return noContent(w, a.engine.ContainerRestart(context.WithoutCancel(r.Context()), r.name(), opts))
+	return noContent(w, a.engine.ContainerRestart(context.WithoutCancel(r.Context()), r.name, opts))
 }
 
 func (a containerAPI) kill(w http.ResponseWriter, r *request) error {
-	return noContent(w, a.engine.ContainerKill(r.Context(), r.name(), r.query.Get("signal")))
+	return noContent(w, a.engine.ContainerKill(r.Context(), r.name, r.query.Get("signal")))
 }
 
 func (a containerAPI) pause(w http.ResponseWriter, r *request) error {
-	return noContent(w, a.engine.ContainerPause(r.Context(), r.name()))
+	return noContent(w, a.engine.ContainerPause(r.Context(), r.name))
 }
 
 func (a containerAPI) unpause(w http.ResponseWriter, r *request) error {
-	return noContent(w, a.engine.ContainerUnpause(r.Context(), r.name()))
+	return noContent(w, a.engine.ContainerUnpause(r.Context(), r.name))
 }
 
 func (a containerAPI) rename(w http.ResponseWriter, r *request) error {
-	return noContent(w, a.engine.ContainerRename(r.Context(), r.name(), r.query.Get("name")))
+	return noContent(w, a.engine.ContainerRename(r.Context(), r.name, r.query.Get("name")))
 }
 
 func (a containerAPI) remove(w http.ResponseWriter, r *request) error {
-	return noContent(w, a.engine.ContainerRemove(context.WithoutCancel(r.Context()), r.name(), engine.RemoveOptions{
+	return noContent(w, a.engine.ContainerRemove(context.WithoutCancel(r.Context()), r.name, engine.RemoveOptions{
 		Force: r.bool("force"), Volumes: r.bool("v"), Link: r.bool("link"),
 	}))
 }
@@ -237,11 +237,11 @@ func (a containerAPI) resize(_ http.ResponseWriter, r *request) error {
 	if err != nil {
 		return err
 	}
-	return a.engine.ContainerResize(r.Context(), r.name(), rows, cols)
+	return a.engine.ContainerResize(r.Context(), r.name, rows, cols)
 }
 
 func (a containerAPI) top(w http.ResponseWriter, r *request) error {
-	top, err := a.engine.ContainerTop(r.Context(), r.name(), r.query.Get("ps_args"))
+	top, err := a.engine.ContainerTop(r.Context(), r.name, r.query.Get("ps_args"))
 	if err != nil {
 		return err
 	}
@@ -249,7 +249,7 @@ func (a containerAPI) top(w http.ResponseWriter, r *request) error {
 }
 
 func (a containerAPI) changes(w http.ResponseWriter, r *request) error {
-	changes, err := a.engine.ContainerChanges(r.Context(), r.name())
+	changes, err := a.engine.ContainerChanges(r.Context(), r.name)
 	if err != nil {
 		return err
 	}
@@ -272,7 +272,7 @@ func (a containerAPI) update(w http.ResponseWriter, r *request) error {
 		// Every number below one has always meant "unlimited".
 		update.PidsLimit = new(int64)
 	}
-	resp, err := a.engine.ContainerUpdate(r.Context(), r.name(), update)
+	resp, err := a.engine.ContainerUpdate(r.Context(), r.name, update)
 	if err != nil {
 		return err
 	}

@@ -26,10 +26,10 @@ type execAPI struct {
 
 func (a execAPI) routes() []route {
 	return []route{
-		{"POST", "/containers/{name:.*}/exec", a.create},
-		{"POST", "/exec/{name:.*}/start", a.start},
-		{"POST", "/exec/{name:.*}/resize", a.resize},
-		{"GET", "/exec/{name:.*}/json", a.inspect},
+		{"POST", "/containers/{name}/exec", a.create},
+		{"POST", "/exec/{name}/start", a.start},
+		{"POST", "/exec/{name}/resize", a.resize},
+		{"GET", "/exec/{name}/json", a.inspect},
 	}
 }
 
@@ -47,7 +47,7 @@ func (a execAPI) create(w http.ResponseWriter, r *request) error {
 	if r.version.before(25) {
 		req.Env = nil
 	}
-	id, err := a.engine.ExecCreate(r.Context(), r.name(), &req)
+	id, err := a.engine.ExecCreate(r.Context(), r.name, &req)
 	if err != nil {
 		return err
 	}
@@ -63,7 +63,7 @@ func (a execAPI) start(w http.ResponseWriter, r *request) error {
 	if !r.version.before(42) && req.Tty {
 		opts.ConsoleSize = req.ConsoleSize
 	}
-	att, err := a.engine.ExecStart(r.Context(), r.name(), opts)
+	att, err := a.engine.ExecStart(r.Context(), r.name, opts)
 	if err != nil || req.Detach {
 		return err
 	}
@@ -84,11 +84,11 @@ func (a execAPI) resize(_ http.ResponseWriter, r *request) error {
 	if err != nil {
 		return err
 	}
-	return a.engine.ExecResize(r.Context(), r.name(), rows, cols)
+	return a.engine.ExecResize(r.Context(), r.name, rows, cols)
 }
 
 func (a execAPI) inspect(w http.ResponseWriter, r *request) error {
-	e, err := a.engine.ExecInspect(r.Context(), r.name())
+	e, err := a.engine.ExecInspect(r.Context(), r.name)
 	if err != nil {
 		return err
 	}

@@ -32,11 +32,11 @@ type imageAPI struct{ images imageStore }
 func (a imageAPI) routes() []route {
 	return []route{
 		{"GET", "/images/json", a.list},
-		{"GET", "/images/{name:.*}/json", a.inspect},
-		{"GET", "/images/{name:.*}/history", a.history},
-		{"POST", "/images/{name:.*}/tag", a.tag},
+		{"GET", "/images/{name}/json", a.inspect},
+		{"GET", "/images/{name}/history", a.history},
+		{"POST", "/images/{name}/tag", a.tag},
 		{"POST", "/images/prune", a.prune},
-		{"DELETE", "/images/{name:.*}", a.remove},
+		{"DELETE", "/images/{name}", a.remove},
 	}
 }
 
@@ -102,7 +102,7 @@ func (a imageAPI) inspect(w http.ResponseWriter, r *request) error {
 	if opts.Manifests && opts.Platform != nil {
 		return badRequest("conflicting options: manifests and platform options cannot both be set")
 	}
-	img, err := a.images.Inspect(r.Context(), r.name(), opts)
+	img, err := a.images.Inspect(r.Context(), r.name, opts)
 	if err != nil {
 		return err
 	}
@@ -163,7 +163,7 @@ func (a imageAPI) history(w http.ResponseWriter, r *request) error {
 			return err
 		}
 	}
-	history, err := a.images.History(r.Context(), r.name(), platform)
+	history, err := a.images.History(r.Context(), r.name, platform)
 	if err != nil {
 		return err
 	}
@@ -181,7 +181,7 @@ func (a imageAPI) tag(w http.ResponseWriter, r *request) error {
 	if reference.FamiliarName(ref) == string(digest.Canonical) {
 		return badRequest("refusing to create an ambiguous tag using digest algorithm as name")
 	}
-	if err := a.images.Tag(r.Context(), r.name(), reference.FamiliarString(ref)); err != nil {
+	if err := a.images.Tag(r.Context(), r.name, reference.FamiliarString(ref)); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusCreated)
@@ -211,13 +211,13 @@ func taggedName(repo, tag string) (reference.Named, error) {
 }
 
 func (a imageAPI) remove(w http.ResponseWriter, r *request) error {
-	if strings.TrimSpace(r.name()) == "" {
+	if strings.TrimSpace(r.name) == "" {
 		return badRequest("image name cannot be blank")
 	}
 	if !r.version.before(50) && len(r.query["platforms"]) > 0 {
 		return fault.New(errdefs.ErrNotImplemented, "removing single platforms of an image is not supported by Dolium yet")
 	}
-	removed, err := a.images.Remove(r.Context(), r.name(), image.RemoveOptions{Force: r.bool("force"), NoPrune: r.bool("noprune")})
+	removed, err := a.images.Remove(r.Context(), r.name, image.RemoveOptions{Force: r.bool("force"), NoPrune: r.bool("noprune")})
 	if err != nil {
 		return err
 	}

@@ -29,10 +29,10 @@ func (a networkAPI) routes() []route {
 		{"GET", "/networks/", a.list},
 		{"POST", "/networks/create", a.create},
 		{"POST", "/networks/prune", a.prune},
-		{"GET", "/networks/{name:.+}", a.inspect},
-		{"POST", "/networks/{name:.*}/connect", a.connect},
-		{"POST", "/networks/{name:.*}/disconnect", a.disconnect},
-		{"DELETE", "/networks/{name:.*}", a.remove},
+		{"GET", "/networks/{name}", a.inspect},
+		{"POST", "/networks/{name}/connect", a.connect},
+		{"POST", "/networks/{name}/disconnect", a.disconnect},
+		{"DELETE", "/networks/{name}", a.remove},
 	}
 }
 
@@ -71,7 +71,7 @@ func (a networkAPI) inspect(w http.ResponseWriter, r *request) error {
 			return badRequest("invalid value for verbose: %s: %w", s, err)
 		}
 	}
-	n, err := a.engine.NetworkInspect(r.Context(), r.name(), verbose)
+	n, err := a.engine.NetworkInspect(r.Context(), r.name, verbose)
 	if err != nil {
 		return err
 	}
@@ -113,7 +113,7 @@ func (a networkAPI) connect(_ http.ResponseWriter, r *request) error {
 			ep.GwPriority = 0
 		}
 	}
-	return a.engine.NetworkConnect(r.Context(), r.name(), req.Container, req.EndpointConfig)
+	return a.engine.NetworkConnect(r.Context(), r.name, req.Container, req.EndpointConfig)
 }
 
 func (a networkAPI) disconnect(_ http.ResponseWriter, r *request) error {
@@ -121,11 +121,11 @@ func (a networkAPI) disconnect(_ http.ResponseWriter, r *request) error {
 	if err := r.json(&req); err != nil {
 		return err
 	}
-	return a.engine.NetworkDisconnect(r.Context(), r.name(), req.Container, req.Force)
+	return a.engine.NetworkDisconnect(r.Context(), r.name, req.Container, req.Force)
 }
 
 func (a networkAPI) remove(w http.ResponseWriter, r *request) error {
-	return noContent(w, a.engine.NetworkRemove(r.Context(), r.name()))
+	return noContent(w, a.engine.NetworkRemove(r.Context(), r.name))
 }
 
 func (a networkAPI) prune(w http.ResponseWriter, r *request) error {

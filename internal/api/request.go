@@ -14,7 +14,6 @@ import (
 	"dolium/internal/filters"
 
 	"github.com/containerd/platforms"
-	"github.com/gorilla/mux"
 	"github.com/moby/moby/api/pkg/authconfig"
 	"github.com/moby/moby/api/types/registry"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -26,10 +25,10 @@ type request struct {
 	*http.Request
 	version apiVersion
 	query   url.Values
+	name    string // the object the path names
 }
 
-func newRequest(r *http.Request) (*request, error) {
-	asked, _ := r.Context().Value(versionKey{}).(string)
+func newRequest(r *http.Request, asked, name string) (*request, error) {
 	version, err := negotiate(asked)
 	if err != nil {
 		return nil, err
@@ -38,11 +37,8 @@ func newRequest(r *http.Request) (*request, error) {
 	if err != nil {
 		return nil, badRequest("%w", err)
 	}
-	return &request{r, version, query}, nil
+	return &request{r, version, query, name}, nil
 }
-
-// name is the object the path names.
-func (r *request) name() string { return mux.Vars(r.Request)["name"] }
 
 // bool reads a parameter as Docker does: everything but these words is true.
 func (r *request) bool(key string) bool {

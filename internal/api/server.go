@@ -9,15 +9,14 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net"
 	"net/http"
 	"runtime"
 	"runtime/debug"
-	"strings"
+	"syscall"
 	"time"
 
 	"dolium/internal/engine"
-
-	"github.com/gorilla/mux"
 )
 
 // Config is what the server says about the daemon it belongs to.
@@ -31,17 +30,8 @@ type Config struct {
 
 // Server is the http.Handler of the Engine API. It is safe for concurrent use.
 type Server struct {
-	cfg Config
-	// groups holds the routes by the first segment of their path: a request is matched against the twenty of its
-	// resource, not against all.
-	groups map[string]*mux.Router
-	routes []route
-}
-
-// route is one operation. Path is a gorilla/mux template without the version prefix.
-type route struct {
-	method, path string
-	handler      handler
+	cfg    Config
+	routes routeTable
 }
 
 // handler answers one request. A returned error becomes the answer when nothing was sent yet; later it cuts the
@@ -65,37 +55,18 @@ func New(cfg Config, e *engine.Engine) *Server {
 }
 
 func newServer(cfg Config, groups ...[]route) *Server {
-	s := &Server{cfg: cfg, groups: map[string]*mux.Router{}}
+	s := &Server{cfg: cfg, routes: routeTable{}}
 	for _, group := range groups {
 		for _, rt := range group {
-			s.add(rt)
+			s.routes.add(rt)
 		}
 	}
 	return s
 }
 
-func (s *Server) add(rt route) {
-	first := firstSegment(rt.path)
-	if s.groups[first] == nil {
-		// Cleaning would answer with a redirect to the path without its version.
-		s.groups[first] = mux.NewRouter().SkipClean(true)
-		s.groups[first].NotFoundHandler = http.HandlerFunc(pageNotFound)
-		s.groups[first].MethodNotAllowedHandler = http.HandlerFunc(pageNotFound)
-	}
-	s.routes = append(s.routes, rt)
-	s.groups[first].Methods(rt.method).Path(rt.path).Handler(s.serve(rt.handler))
-}
-
-func firstSegment(path string) string {
-	first, _, _ := strings.Cut(strings.TrimPrefix(path, "/"), "/")
-	return first
-}
-
 func pageNotFound(w http.ResponseWriter, _ *http.Request) {
 	_ = writeJSON(w, http.StatusNotFound, errorBody{"page not found"})
 }
-
-type versionKey struct{}
 
 // ServeHTTP implements http.Handler.
 func (s *Server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
@@ -113,55 +84,54 @@ func (s *Server) ServeHTTP(rw http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusOK)
 		return
 	}
-	group := s.groups[firstSegment(path)]
-	if group == nil {
+	rt, name := s.routes.find(r.Method, path)
+	if rt == nil {
 		pageNotFound(w, r)
 		return
 	}
-	r2 := r.WithContext(context.WithValue(r.Context(), versionKey{}, asked))
-	u := *r.URL
-	u.Path, u.RawPath = path, ""
-	r2.URL = &u
-	group.ServeHTTP(w, r2)
+	s.serve(w, r, rt.handler, asked, name)
 }
 
-// serve turns h into an http.Handler: it negotiates the version, reads the query, logs, and sends errors.
-func (s *Server) serve(h handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, hr *http.Request) {
-		start := time.Now()
-		r, err := newRequest(hr)
-		if err == nil {
-			err = h(w, r)
+// serve calls a handler: it negotiates the version, reads the query, logs, and sends errors.
+func (s *Server) serve(w *response, hr *http.Request, h handler, asked, name string) {
+	start := time.Now()
+	r, err := newRequest(hr, asked, name)
+	if err == nil {
+		err = h(w, r)
+	}
+	ctx := hr.Context()
+	if s.cfg.Log.Enabled(ctx, slog.LevelDebug) {
+		s.cfg.Log.LogAttrs(ctx, slog.LevelDebug, "api", slog.String("method", hr.Method), slog.String("path", hr.URL.Path),
+			slog.Duration("took", time.Since(start)), slog.Any("error", err))
+	}
+	if err == nil {
+		return
+	}
+	if w.started {
+		if !clientLeft(err) {
+			s.cfg.Log.Warn("request failed after its answer began", "method", hr.Method, "path", hr.URL.Path, "error", err)
 		}
-		ctx := hr.Context()
-		if s.cfg.Log.Enabled(ctx, slog.LevelDebug) {
-			s.cfg.Log.LogAttrs(ctx, slog.LevelDebug, "api", slog.String("method", hr.Method), slog.String("path", hr.URL.Path),
-				slog.Duration("took", time.Since(start)), slog.Any("error", err))
-		}
-		if err == nil {
+		if w.hijacked {
 			return
 		}
-		if rw, ok := w.(*response); ok && rw.started {
-			if !errors.Is(err, context.Canceled) {
-				s.cfg.Log.Warn("request failed after its answer began", "method", hr.Method, "path", hr.URL.Path, "error", err)
-			}
-			if rw.hijacked {
-				return
-			}
-			panic(http.ErrAbortHandler)
-		}
-		code := statusCode(err)
-		if code >= http.StatusInternalServerError && code != http.StatusNotImplemented {
-			s.cfg.Log.Error("request failed", "method", hr.Method, "path", hr.URL.Path, "error", err)
-		}
-		var old tooOldError
-		if errors.As(err, &old) && old.plain {
-			// A client this old doesn't read JSON errors.
-			http.Error(w, err.Error(), code)
-			return
-		}
-		_ = writeJSON(w, code, errorBody{err.Error()})
-	})
+		panic(http.ErrAbortHandler)
+	}
+	code := statusCode(err)
+	if code >= http.StatusInternalServerError && code != http.StatusNotImplemented {
+		s.cfg.Log.Error("request failed", "method", hr.Method, "path", hr.URL.Path, "error", err)
+	}
+	var old tooOldError
+	if errors.As(err, &old) && old.plain {
+		// A client this old doesn't read JSON errors.
+		http.Error(w, err.Error(), code)
+		return
+	}
+	_ = writeJSON(w, code, errorBody{err.Error()})
+}
+
+// clientLeft says whether err is what the disappearance of a client looks like.
+func clientLeft(err error) bool {
+	return errors.Is(err, context.Canceled) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, net.ErrClosed)
 }
 
 // recover keeps the daemon alive when a handler panics, and the client informed.

@@ -32,11 +32,11 @@ type streamAPI struct {
 
 func (a streamAPI) routes() []route {
 	return []route{
-		{"POST", "/containers/{name:.*}/attach", a.attach},
-		{"GET", "/containers/{name:.*}/attach/ws", a.websocket},
-		{"GET", "/containers/{name:.*}/logs", a.logs},
-		{"GET", "/containers/{name:.*}/stats", a.stats},
-		{"POST", "/containers/{name:.*}/wait", a.wait},
+		{"POST", "/containers/{name}/attach", a.attach},
+		{"GET", "/containers/{name}/attach/ws", a.websocket},
+		{"GET", "/containers/{name}/logs", a.logs},
+		{"GET", "/containers/{name}/stats", a.stats},
+		{"POST", "/containers/{name}/wait", a.wait},
 	}
 }
 
@@ -48,7 +48,7 @@ func attachOptions(r *request) engine.AttachOptions {
 }
 
 func (a streamAPI) attach(w http.ResponseWriter, r *request) error {
-	att, err := a.engine.ContainerAttach(r.Context(), r.name(), attachOptions(r))
+	att, err := a.engine.ContainerAttach(r.Context(), r.name, attachOptions(r))
 	if err != nil {
 		return err
 	}
@@ -65,7 +65,7 @@ func (a streamAPI) websocket(w http.ResponseWriter, r *request) error {
 	if r.version.before(42) {
 		opts.Stdin, opts.Stdout, opts.Stderr = true, true, true
 	}
-	att, err := a.engine.ContainerAttach(r.Context(), r.name(), opts)
+	att, err := a.engine.ContainerAttach(r.Context(), r.name, opts)
 	if err != nil {
 		return err
 	}
@@ -143,7 +143,7 @@ func (a streamAPI) logs(w http.ResponseWriter, r *request) error {
 	if opts.Until, err = r.time("until"); err != nil {
 		return err
 	}
-	tty, run, err := a.engine.ContainerLogs(r.Context(), r.name(), opts)
+	tty, run, err := a.engine.ContainerLogs(r.Context(), r.name, opts)
 	if err != nil {
 		return err
 	}
@@ -172,7 +172,7 @@ func (a streamAPI) stats(w http.ResponseWriter, r *request) error {
 	}
 	w.Header().Set("Content-Type", "application/json")
 	enc := json.NewEncoder(flushed{w})
-	err := a.engine.ContainerStats(r.Context(), r.name(), opts, func(s *container.StatsResponse) error {
+	err := a.engine.ContainerStats(r.Context(), r.name, opts, func(s *container.StatsResponse) error {
 		if r.version.before(52) {
 			s.OSType = ""
 		}
@@ -194,7 +194,7 @@ func (a streamAPI) wait(w http.ResponseWriter, r *request) error {
 			return badRequest("invalid condition: %q", v)
 		}
 	}
-	ended, err := a.engine.ContainerWait(r.Context(), r.name(), cond)
+	ended, err := a.engine.ContainerWait(r.Context(), r.name, cond)
 	if err != nil {
 		return err
 	}

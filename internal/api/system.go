@@ -58,6 +58,11 @@ func (a systemAPI) ping(w http.ResponseWriter, r *request) error {
 func (a systemAPI) version(w http.ResponseWriter, r *request) error {
 	v := a.engine.Version(r.Context())
 	v.APIVersion, v.MinAPIVersion = MaxVersion, MinVersion
+	for _, c := range v.Components {
+		if c.Name == "Engine" && c.Details != nil { // where clients read it
+			c.Details["ApiVersion"], c.Details["MinAPIVersion"] = MaxVersion, MinVersion
+		}
+	}
 	return writeJSON(w, http.StatusOK, v)
 }
 

@@ -34,10 +34,10 @@ type transferAPI struct{ images transferStore }
 func (a transferAPI) routes() []route {
 	return []route{
 		{"POST", "/images/create", a.create},
-		{"POST", "/images/{name:.*}/push", a.push},
+		{"POST", "/images/{name}/push", a.push},
 		{"POST", "/images/load", a.load},
 		{"GET", "/images/get", a.save},
-		{"GET", "/images/{name:.*}/get", a.save},
+		{"GET", "/images/{name}/get", a.save},
 		{"POST", "/auth", a.login},
 	}
 }
@@ -138,10 +138,10 @@ func fetch(ctx context.Context, src string, p *progress) (io.ReadCloser, error) 
 }
 
 func (a transferAPI) push(w http.ResponseWriter, r *request) error {
-	ref, err := taggedName(r.name(), r.query.Get("tag"))
+	ref, err := taggedName(r.name, r.query.Get("tag"))
 	if r.query.Get("tag") == "" && err == nil {
 		// Without a tag all of them are meant, unless the name has one.
-		ref, err = reference.ParseNormalizedNamed(r.name())
+		ref, err = reference.ParseNormalizedNamed(r.name)
 	}
 	if err != nil {
 		return badRequest("%w", err)
@@ -174,7 +174,7 @@ func (a transferAPI) load(w http.ResponseWriter, r *request) error {
 
 func (a transferAPI) save(w http.ResponseWriter, r *request) error {
 	names := r.query["names"]
-	if name := r.name(); name != "" {
+	if name := r.name; name != "" {
 		names = []string{name}
 	}
 	var platforms []ocispec.Platform

@@ -28,8 +28,8 @@ func (a volumeAPI) routes() []route {
 		{"GET", "/volumes", a.list},
 		{"POST", "/volumes/create", a.create},
 		{"POST", "/volumes/prune", a.prune},
-		{"GET", "/volumes/{name:.*}", a.inspect},
-		{"DELETE", "/volumes/{name:.*}", a.remove},
+		{"GET", "/volumes/{name}", a.inspect},
+		{"DELETE", "/volumes/{name}", a.remove},
 	}
 }
 
@@ -50,7 +50,7 @@ func (a volumeAPI) list(w http.ResponseWriter, r *request) error {
 }
 
 func (a volumeAPI) inspect(w http.ResponseWriter, r *request) error {
-	v, err := a.volumes.Inspect(r.Context(), r.name())
+	v, err := a.volumes.Inspect(r.Context(), r.name)
 	if err != nil {
 		return err
 	}
@@ -73,7 +73,7 @@ func (a volumeAPI) create(w http.ResponseWriter, r *request) error {
 }
 
 func (a volumeAPI) remove(w http.ResponseWriter, r *request) error {
-	return noContent(w, a.volumes.Remove(r.Context(), r.name(), r.bool("force")))
+	return noContent(w, a.volumes.Remove(r.Context(), r.name, r.bool("force")))
 }
 
 func (a volumeAPI) prune(w http.ResponseWriter, r *request) error {
