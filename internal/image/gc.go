@@ -103,21 +103,10 @@ func (s *Store) leaseContent(ctx context.Context, d digest.Digest) error {
 	return s.leases.AddResource(ctx, leases.Lease{ID: id}, leases.Resource{ID: d.String(), Type: "content"})
 }
 
-// collect removes content and snapshots that nothing refers to any more.
+// collect is GarbageCollect without its figures.
 func (s *Store) collect(ctx context.Context) error {
-	s.gcMu.Lock()
-	defer s.gcMu.Unlock()
-	// What is being removed here may be half of what a chain in the journal stands on.
-	s.unsynced.wait()
-	ctx = s.context(context.WithoutCancel(ctx))
-	if err := s.chains.releaseUnused(ctx); err != nil {
-		return fmt.Errorf("release layer chains: %w", err)
-	}
-	if _, err := s.meta.GarbageCollect(ctx); err != nil {
-		return fmt.Errorf("collect garbage: %w", err)
-	}
-	s.parsed.clear()
-	return nil
+	_, err := s.GarbageCollect(ctx)
+	return err
 }
 
 // collectIfStale collects at start-up when a killed daemon left leases of unfinished operations, so that a plain start

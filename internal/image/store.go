@@ -28,6 +28,7 @@ import (
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/metadata"
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
@@ -91,7 +92,10 @@ type Store struct {
 	names   *catalog
 	leases  leases.Manager
 	snap    snapshots.Snapshotter
-	overlay []string // mount options of every overlay mount
+
+	snapshotter snapshots.Snapshotter // the one under snap
+	snapMeta    batchingMeta
+	overlay     []string // mount options of every overlay mount
 
 	parsed   parsedCache
 	usages   usageCache
@@ -107,7 +111,7 @@ type Store struct {
 	inUse func(*Image) []Use
 
 	pruning sync.Mutex
-	gcMu    sync.Mutex
+	gcMu    sync.RWMutex // held for writing by garbage collection, for reading by batches
 }
 
 // New opens the store at cfg.Root, making it when needed, and cleans up what a killed daemon left half-done. Errors:
@@ -172,16 +176,23 @@ func (s *Store) openStores(ctx context.Context) error {
 		return err
 	}
 	s.overlay = overlayOptions(s.cfg.Root)
+	snapRoot := filepath.Join(s.cfg.Root, "snapshots")
+	if err := os.MkdirAll(snapRoot, 0o700); err != nil {
+		return err
+	}
+	s.snapMeta.MetaStore, err = storage.NewMetaStore(filepath.Join(snapRoot, "metadata.db"))
+	if err != nil {
+		return err
+	}
 	// Directories of removed snapshots go in the snapshotter's Cleanup, which garbage collection calls without holding
 	// its lock: removing a big layer doesn't keep others waiting.
-	snap, err := overlay.NewSnapshotter(filepath.Join(s.cfg.Root, "snapshots"),
+	s.snapshotter, err = overlay.NewSnapshotter(snapRoot, overlay.WithMetaStore(s.snapMeta),
 		overlay.AsynchronousRemove, overlay.WithUpperdirLabel, overlay.WithMountOptions(s.overlay))
 	if err != nil {
 		return err
 	}
-	s.meta = metadata.NewDB(s.bolt, blobs, map[string]snapshots.Snapshotter{SnapshotterName: snap})
+	s.meta = metadata.NewDB(s.bolt, blobs, map[string]snapshots.Snapshotter{SnapshotterName: s.snapshotter})
 	if err := s.meta.Init(ctx); err != nil {
-		snap.Close()
 		return err
 	}
 	s.content = s.meta.ContentStore()
@@ -198,6 +209,7 @@ func (s *Store) openStores(ctx context.Context) error {
 // recover undoes what a killed daemon left half-done: chains whose files may not have reached the disk before a crash of
 // the machine, leases of operations that ended with the daemon, chain leases without a layer, layers being removed.
 func (s *Store) recover(ctx context.Context) error {
+	s.sweepSnapshots(ctx)
 	for _, chain := range s.unsynced.suspects() {
 		s.log.Warn("dropping a layer chain that may not be whole after a crash of the machine", "chain", chain)
 		if err := s.dropChain(ctx, chain); err != nil {
@@ -229,8 +241,8 @@ func (s *Store) Close() error {
 	if s.unsynced != nil {
 		errs = append(errs, s.unsynced.close())
 	}
-	if s.snap != nil {
-		errs = append(errs, s.snap.Close())
+	if s.snapshotter != nil {
+		errs = append(errs, s.snapshotter.Close())
 	}
 	if s.bolt != nil {
 		errs = append(errs, s.bolt.Close())

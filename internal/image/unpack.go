@@ -57,7 +57,7 @@ type extraction struct {
 	i        int
 	chainID  string
 	unlock   func()
-	key      string // of the active snapshot, empty when there is none
+	key      string // of the active snapshot
 	dir      string
 	implicit []string // directories that the archive only implied
 	err      error
@@ -91,6 +91,13 @@ func (s *Store) unpack(ctx context.Context, job unpackJob) error {
 		return err
 	}
 
+	if len(todo) == 0 {
+		return nil
+	}
+	if err := s.prepareLayers(ctx, job, todo); err != nil {
+		return fmt.Errorf("prepare snapshots: %w", err)
+	}
+
 	// A failed layer ends those above it: they can't be committed without it.
 	exCtx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -103,7 +110,7 @@ func (s *Store) unpack(ctx context.Context, job unpackJob) error {
 		})
 	}
 	wg.Wait()
-	return s.commitLayers(context.WithoutCancel(ctx), job, chainIDs, todo)
+	return s.finishLayers(context.WithoutCancel(ctx), job, chainIDs, todo)
 }
 
 // claim locks the chains from first on that still don't exist. Whoever unpacks the same chain waits here, and then finds
@@ -160,7 +167,26 @@ func (s *Store) leaseSnapshot(ctx context.Context, chainID string) error {
 	return s.leases.AddResource(ctx, leases.Lease{ID: id}, leases.Resource{ID: chainID, Type: "snapshots/" + SnapshotterName})
 }
 
-// extractLayer extracts one layer into an active snapshot.
+// prepareLayers makes the active snapshots to extract into, without parents.
+func (s *Store) prepareLayers(ctx context.Context, job unpackJob, todo []*extraction) error {
+	err := s.batch(ctx, func(ctx context.Context) error {
+		for _, e := range todo {
+			labels := snapshots.FilterInheritedLabels(job.layers[e.i].Annotations)
+			delete(labels, snapshots.LabelSnapshotUIDMapping) // not for a manifest to say
+			delete(labels, snapshots.LabelSnapshotGIDMapping)
+			e.key = fmt.Sprintf(snapshots.UnpackKeyFormat, randomID(), e.chainID)
+			mounts, err := s.snap.Prepare(ctx, e.key, "", snapshots.WithLabels(labels))
+			if err != nil {
+				return err
+			}
+			e.dir = mounts[0].Source // without a parent it is a bind mount of the directory
+		}
+		return nil
+	})
+	return err
+}
+
+// extractLayer extracts one layer into its active snapshot.
 func (s *Store) extractLayer(ctx context.Context, job unpackJob, e *extraction) error {
 	if job.ready != nil {
 		if err := job.ready(ctx, e.i); err != nil {
@@ -171,17 +197,7 @@ func (s *Store) extractLayer(ctx context.Context, job unpackJob, e *extraction) 
 		return err
 	}
 	defer s.extract.Release(1)
-
 	desc := job.layers[e.i]
-	labels := snapshots.FilterInheritedLabels(desc.Annotations)
-	delete(labels, snapshots.LabelSnapshotUIDMapping) // not for a manifest to say
-	delete(labels, snapshots.LabelSnapshotGIDMapping)
-	key := fmt.Sprintf(snapshots.UnpackKeyFormat, randomID(), e.chainID)
-	mounts, err := s.snap.Prepare(ctx, key, "", snapshots.WithLabels(labels))
-	if err != nil {
-		return fmt.Errorf("prepare snapshot for layer %s: %w", desc.Digest, err)
-	}
-	e.key, e.dir = key, mounts[0].Source // without a parent it is a bind mount of the directory
 	diffID, err := s.extractTo(ctx, desc, e, func(n int64) {
 		if job.progress != nil {
 			job.progress(e.i, layerExtracting, n)
@@ -199,73 +215,75 @@ func (s *Store) extractLayer(ctx context.Context, job unpackJob, e *extraction) 
 	return nil
 }
 
-// commitLayers commits what was extracted, up to the first failure, and removes the rest.
-func (s *Store) commitLayers(ctx context.Context, job unpackJob, chainIDs []digest.Digest, todo []*extraction) error {
+// finishLayers commits what was extracted, up to the first failure, and removes the rest.
+func (s *Store) finishLayers(ctx context.Context, job unpackJob, chainIDs []digest.Digest, todo []*extraction) error {
+	good := todo
+	if n := slices.IndexFunc(todo, func(e *extraction) bool { return e.err != nil }); n >= 0 {
+		good = todo[:n]
+	}
 	var err error
-	var good []*extraction
-	for _, e := range todo {
-		if err == nil && e.err != nil {
-			err = e.err
-		}
+	for _, e := range todo[len(good):] {
 		// What failed because another layer did says so less well than that one.
-		if err != nil && errors.Is(err, context.Canceled) && e.err != nil && !errors.Is(e.err, context.Canceled) {
+		if e.err != nil && (err == nil || errors.Is(err, context.Canceled)) {
 			err = e.err
-		}
-		if err == nil {
-			good = append(good, e)
-		} else {
-			s.abandon(ctx, e)
 		}
 	}
+	if cerr := s.commitLayers(ctx, job, chainIDs, good); cerr != nil {
+		good, err = nil, errors.Join(err, cerr)
+	}
+	s.abandon(ctx, todo[len(good):])
+	return err
+}
+
+// commitLayers makes snapshots of extracted layers, each on the one below, all or none.
+func (s *Store) commitLayers(ctx context.Context, job unpackJob, chainIDs []digest.Digest, good []*extraction) error {
 	if len(good) == 0 {
-		return err
+		return nil
 	}
 	ids := make([]string, len(good))
 	for n, e := range good {
 		ids[n] = e.chainID
 	}
-	if jerr := s.unsynced.add(ids); jerr != nil {
-		for _, e := range good {
-			s.abandon(ctx, e)
-		}
-		return errors.Join(err, jerr)
+	if err := s.inheritDirs(ctx, good, chainIDs); err != nil {
+		return err
+	}
+	if err := s.unsynced.add(ids); err != nil {
+		return err
 	}
 	defer s.unsynced.flush()
-	for n, e := range good {
-		cerr := s.inheritDirs(ctx, e, chainIDs)
-		if cerr == nil {
-			cerr = s.commitLayer(ctx, job, chainIDs, e)
-		}
-		if cerr != nil {
-			for _, e := range good[n:] {
-				s.abandon(ctx, e)
+	return s.batch(ctx, func(ctx context.Context) error {
+		for _, e := range good {
+			var opts []snapshots.Opt
+			if e.i > 0 {
+				opts = append(opts, snapshots.WithParent(chainIDs[e.i-1].String()))
 			}
-			return errors.Join(err, cerr)
+			if err := s.snap.Commit(ctx, e.chainID, e.key, opts...); err != nil {
+				return fmt.Errorf("commit layer %s: %w", job.layers[e.i].Digest, err)
+			}
+			if err := s.noteDiffID(ctx, job.layers[e.i].Digest, job.diffIDs[e.i]); err != nil {
+				return err
+			}
 		}
-	}
-	return err
+		return nil
+	})
 }
 
-func (s *Store) commitLayer(ctx context.Context, job unpackJob, chainIDs []digest.Digest, e *extraction) error {
-	var opts []snapshots.Opt
-	if e.i > 0 {
-		opts = append(opts, snapshots.WithParent(chainIDs[e.i-1].String()))
-	}
-	if err := s.snap.Commit(ctx, e.chainID, e.key, opts...); err != nil {
-		return fmt.Errorf("commit layer %s: %w", job.layers[e.i].Digest, err)
-	}
-	e.key = ""
-	return nil
-}
-
-func (s *Store) abandon(ctx context.Context, e *extraction) {
-	if e.key == "" {
+// abandon removes active snapshots.
+func (s *Store) abandon(ctx context.Context, left []*extraction) {
+	if len(left) == 0 {
 		return
 	}
-	if err := s.snap.Remove(ctx, e.key); err != nil && !errdefs.IsNotFound(err) {
-		s.log.Warn("remove a half-unpacked layer", "layer", e.chainID, "err", err)
+	err := s.batch(ctx, func(ctx context.Context) error {
+		for _, e := range left {
+			if err := s.snap.Remove(ctx, e.key); err != nil && !errdefs.IsNotFound(err) {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		s.log.Warn("remove half-unpacked layers", "err", err) // collected with their lease
 	}
-	e.key = ""
 }
 
 // extractTo extracts a layer into e.dir and returns the digest of its uncompressed archive.
@@ -352,21 +370,24 @@ func decompress(r io.Reader) (io.ReadCloser, error) {
 }
 
 // inheritDirs gives directories that a layer's archive only implied the owner, mode, times and attributes they have in the
-// layers below, which are committed by now.
-func (s *Store) inheritDirs(ctx context.Context, e *extraction, chainIDs []digest.Digest) error {
-	if e.i == 0 || len(e.implicit) == 0 {
-		return nil
-	}
-	below, err := s.lowerDirs(ctx, chainIDs[e.i-1].String())
-	if err != nil {
-		return err
-	}
-	// Parents last, so that nothing done below them changes their times again.
-	slices.SortFunc(e.implicit, func(a, b string) int { return len(b) - len(a) })
-	for _, dir := range e.implicit {
-		if err := inheritDir(filepath.Join(e.dir, dir), dir, below); err != nil {
-			return fmt.Errorf("layer %s: %w", e.chainID, err)
+// layers below, now that these are there.
+func (s *Store) inheritDirs(ctx context.Context, good []*extraction, chainIDs []digest.Digest) error {
+	var below []string // the top one first
+	if first := good[0]; first.i > 0 {
+		var err error
+		if below, err = s.lowerDirs(ctx, chainIDs[first.i-1].String()); err != nil {
+			return err
 		}
+	}
+	for _, e := range good {
+		// Parents last, so that nothing done below them changes their times again.
+		slices.SortFunc(e.implicit, func(a, b string) int { return len(b) - len(a) })
+		for _, dir := range e.implicit {
+			if err := inheritDir(filepath.Join(e.dir, dir), dir, below); err != nil {
+				return fmt.Errorf("layer %s: %w", e.chainID, err)
+			}
+		}
+		below = slices.Insert(below, 0, e.dir)
 	}
 	return nil
 }
