@@ -4,7 +4,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 COMMIT ?= $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 PREFIX ?= /usr/local
 LDFLAGS = -s -w -X dolium/internal/daemonconf.Version=$(VERSION) -X dolium/internal/daemonconf.Commit=$(COMMIT)
-GOBUILD = $(GO) build -trimpath -tags seccomp -ldflags '$(LDFLAGS)'
+GOBUILD = $(GO) build -tags seccomp -ldflags '$(LDFLAGS)'
 
 .PHONY: all build deps demo demo-stop test unit e2e lint bench install uninstall clean
 
