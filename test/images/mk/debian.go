@@ -146,7 +146,7 @@ func debianLayers(ctx context.Context, b *Builder, key string, _ *Image) ([]laye
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("make the minimal system: %w\n%s", err, tail(out))
 	}
-	l, err := b.directoryLayer(filepath.Join(work, "root"))
+	l, err := b.directoryLayer(filepath.Join(work, "root"), "")
 	if err != nil {
 		return nil, err
 	}
@@ -227,7 +227,7 @@ func (b *Builder) install(ctx context.Context, name, script, entrypoint string) 
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("install: %w\n%s", err, tail(out))
 	}
-	l, err := b.directoryLayer(filepath.Join(work, "upper"))
+	l, err := b.directoryLayer(filepath.Join(work, "upper"), root)
 	return []layer{l}, err
 }
 

@@ -162,9 +162,9 @@ func addFile(t *tar.Writer, f file) error {
 	return err
 }
 
-// directoryLayer makes a layer of a directory: a whole root, or the upper directory of an overlay, whose whiteouts
-// become those of an image layer.
-func (b *Builder) directoryLayer(root string) (layer, error) {
+// directoryLayer makes a layer of a directory: a whole root, or the upper directory of an overlay over lower, whose
+// whiteouts become those of an image layer.
+func (b *Builder) directoryLayer(root, lower string) (layer, error) {
 	return b.putLayer(func(t *tar.Writer) error {
 		links := map[uint64]string{}
 		return filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
@@ -175,12 +175,12 @@ func (b *Builder) directoryLayer(root string) (layer, error) {
 			if err != nil || name == "." {
 				return err
 			}
-			return addFrom(t, path, name, links)
+			return addFrom(t, path, name, lower, links)
 		})
 	})
 }
 
-func addFrom(t *tar.Writer, path, name string, links map[uint64]string) error {
+func addFrom(t *tar.Writer, path, name, lower string, links map[uint64]string) error {
 	info, err := os.Lstat(path)
 	if err != nil {
 		return err
@@ -221,7 +221,8 @@ func addFrom(t *tar.Writer, path, name string, links map[uint64]string) error {
 	if err := t.WriteHeader(h); err != nil {
 		return err
 	}
-	if opaque {
+	if _, err := os.Lstat(filepath.Join(lower, name)); opaque && err == nil {
+		// The overlay marks all new directories; the mark says something only where the lower one has that name too.
 		return t.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: h.Name + ".wh..wh..opq", ModTime: epoch})
 	}
 	if h.Typeflag != tar.TypeReg {

@@ -22,6 +22,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
 
@@ -40,7 +41,7 @@ type Builder struct {
 	Log    *slog.Logger
 
 	mu   sync.Mutex
-	done map[string]*Image
+	done map[string]*Image // guarded by mu
 }
 
 // Image is an image in the cache.
@@ -91,20 +92,41 @@ func (b *Builder) Build(ctx context.Context, names ...string) ([]*Image, error) 
 		return nil, err
 	}
 	defer unlock()
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if err := b.compile(ctx, names); err != nil {
+	// Programs are compiled while the base is made, then come the images on top of it, two at a time: each waits for the
+	// network and for the disk in turns.
+	first, firstCtx := errgroup.WithContext(ctx)
+	first.Go(func() error { return b.compile(firstCtx, names) })
+	if slices.ContainsFunc(names, onDebian) {
+		first.Go(func() error {
+			_, err := b.image(firstCtx, "debian")
+			return err
+		})
+	}
+	if err := first.Wait(); err != nil {
 		return nil, err
 	}
-	images := []*Image{}
-	for _, n := range names {
-		img, err := b.image(ctx, n)
-		if err != nil {
-			return nil, fmt.Errorf("image %s: %w", n, err)
-		}
-		images = append(images, img)
+	images := make([]*Image, len(names))
+	rest, restCtx := errgroup.WithContext(ctx)
+	rest.SetLimit(2)
+	for i, n := range names {
+		rest.Go(func() (err error) {
+			if images[i], err = b.image(restCtx, n); err != nil {
+				err = fmt.Errorf("image %s: %w", n, err)
+			}
+			return err
+		})
 	}
-	return images, nil
+	return images, rest.Wait()
+}
+
+// onDebian says whether an image has the minimal system below it.
+func onDebian(name string) bool {
+	for _, r := range recipes() {
+		if r.name == name {
+			return name == "debian" || r.base != "" && onDebian(r.base)
+		}
+	}
+	return false
 }
 
 // lock keeps other processes out of the cache.
@@ -122,8 +144,11 @@ func (b *Builder) lock() (func(), error) {
 
 // image returns an image from the cache, making it when its recipe or what it is made from changed.
 func (b *Builder) image(ctx context.Context, name string) (*Image, error) {
-	if img, ok := b.done[name]; ok {
-		return img, nil
+	b.mu.Lock()
+	made := b.done[name]
+	b.mu.Unlock()
+	if made != nil {
+		return made, nil
 	}
 	r := recipe{}
 	for _, candidate := range recipes() {
@@ -150,8 +175,7 @@ func (b *Builder) image(ctx context.Context, name string) (*Image, error) {
 	img := &Image{}
 	if raw, err := os.ReadFile(record); err == nil && json.Unmarshal(raw, img) == nil && b.whole(img) {
 		img.cache = b.Cache
-		b.done[name] = img
-		return img, nil
+		return b.keep(img), nil
 	}
 	b.Log.Info("making", "image", name)
 	start := time.Now()
@@ -173,8 +197,14 @@ func (b *Builder) image(ctx context.Context, name string) (*Image, error) {
 		return nil, err
 	}
 	b.Log.Info("made", "image", name, "took", time.Since(start).Round(100*time.Millisecond), "bytes", img.Size())
-	b.done[name] = img
-	return img, nil
+	return b.keep(img), nil
+}
+
+func (b *Builder) keep(img *Image) *Image {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.done[img.Name] = img
+	return img
 }
 
 // keyOf is the identity of what an image is made from.

@@ -17,6 +17,7 @@ import (
 	_ "github.com/distribution/distribution/v3/registry/storage/driver/filesystem" // registers itself
 	_ "github.com/distribution/distribution/v3/registry/storage/driver/inmemory"   // registers itself
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/sirupsen/logrus"
 )
 
 // Registry is a running registry.
@@ -36,6 +37,8 @@ func Serve(ctx context.Context, addr, root string) (*Registry, error) {
 	config.Storage["delete"] = configuration.Parameters{"enabled": true}
 	config.Log.Level, config.Log.AccessLog.Disabled = "error", true
 	config.HTTP.Secret = "only uploads that a restart may interrupt depend on this"
+	// The registry logs to the program's one logger, every request that found nothing as an error.
+	logrus.SetLevel(logrus.FatalLevel)
 	l, err := net.Listen("tcp", addr)
 	if err != nil {
 		return nil, err
