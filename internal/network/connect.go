@@ -74,7 +74,7 @@ func (c *Controller) Connect(ctx context.Context, containerID, ref string, es *n
 	if err := c.follow(sb, before, u); err != nil {
 		return "", nil, err
 	}
-	if err := c.refreshNames(sb, ns.fd, nil, ep, u); err != nil {
+	if err := c.refreshNames(sb, ns, nil, ep, u); err != nil {
 		return "", nil, err
 	}
 	if err := c.save(sb); err != nil {
@@ -185,7 +185,7 @@ func (c *Controller) retarget(sb *sandbox) {
 }
 
 // refreshNames brings hosts file, resolv.conf and DNS up to date after an endpoint went or came.
-func (c *Controller) refreshNames(sb *sandbox, fd int, gone, come *endpoint, u *undo) error {
+func (c *Controller) refreshNames(sb *sandbox, ns *warmNS, gone, come *endpoint, u *undo) error {
 	var old, new string
 	if gone != nil {
 		old = strings.Join(gone.ownLines(), "")
@@ -198,7 +198,7 @@ func (c *Controller) refreshNames(sb *sandbox, fd int, gone, come *endpoint, u *
 	} else {
 		u.add(func() error { return c.editHosts(sb.spec.HostsPath, new, old) })
 	}
-	if err := c.startDNS(sb, fd, u); err != nil {
+	if err := c.startDNS(sb, ns, u); err != nil {
 		return err
 	}
 	c.mu.Lock()
@@ -249,7 +249,7 @@ func (c *Controller) Disconnect(_ context.Context, containerID, ref string, forc
 		errs = append(errs, err)
 	} else {
 		defer ns.close()
-		errs = append(errs, c.setRoutes(sb, before, ns.rt), c.refreshNames(sb, ns.fd, ep, nil, u))
+		errs = append(errs, c.setRoutes(sb, before, ns.rt), c.refreshNames(sb, ns, ep, nil, u))
 	}
 	errs = append(errs, c.save(sb))
 	c.event("disconnect", n, containerID)

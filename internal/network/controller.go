@@ -109,6 +109,11 @@ func New(ctx context.Context, cfg Config) (_ *Controller, err error) {
 	}
 	c.openForeign()
 	c.warm = newWarmPool(c.ctx, filepath.Join(cfg.ExecRoot, "netns"), c.log)
+	for _, n := range c.nets {
+		if n.userDefined() && n.Driver == "bridge" {
+			c.warm.fillDNS()
+		}
+	}
 	return c, nil
 }
 

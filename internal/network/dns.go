@@ -23,9 +23,7 @@ import (
 type dnsServer struct {
 	c  *Controller
 	sb *sandbox
-
-	udp *net.UDPConn
-	tcp *net.TCPListener
+	*dnsSockets
 
 	// upstream are the servers for names that aren't ours, asked from the host's namespace unless inside is set: servers
 	// the user chose are meant as the container sees them.
@@ -47,9 +45,41 @@ const (
 	dnsServers = 3
 )
 
-// startDNS starts the embedded DNS of a sandbox that is on a user-defined network, if it isn't running. fd is the
-// sandbox's namespace.
-func (c *Controller) startDNS(sb *sandbox, fd int, u *undo) (err error) {
+// dnsSockets are where an embedded DNS listens.
+type dnsSockets struct {
+	udp *net.UDPConn
+	tcp *net.TCPListener
+}
+
+func (s *dnsSockets) close() {
+	if s != nil {
+		s.udp.Close()
+		s.tcp.Close()
+	}
+}
+
+// openDNS opens the sockets in the calling thread's namespace, a sandbox's, and leads port 53 there.
+func openDNS() (_ *dnsSockets, err error) {
+	addr := netip.AddrPortFrom(dnsAddress, 0)
+	udp, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(addr))
+	if err != nil {
+		return nil, err
+	}
+	tcp, err := net.ListenTCP("tcp4", net.TCPAddrFromAddrPort(addr))
+	if err != nil {
+		udp.Close()
+		return nil, err
+	}
+	s := &dnsSockets{udp, tcp}
+	if err := redirectDNS(uint16(udp.LocalAddr().(*net.UDPAddr).Port), uint16(tcp.Addr().(*net.TCPAddr).Port)); err != nil {
+		s.close()
+		return nil, fmt.Errorf("redirect: %w", err)
+	}
+	return s, nil
+}
+
+// startDNS starts the embedded DNS of a sandbox that is on a user-defined network, if it isn't running.
+func (c *Controller) startDNS(sb *sandbox, ns *warmNS, u *undo) (err error) {
 	if !sb.dnsWanted || sb.dns != nil {
 		return nil
 	}
@@ -60,11 +90,12 @@ func (c *Controller) startDNS(sb *sandbox, fd int, u *undo) (err error) {
 			d.upstream = append(d.upstream, a)
 		}
 	}
-	d.ctx, d.cancel = context.WithCancel(c.ctx)
-	if err := inNamespace(fd, d.listen); err != nil {
-		d.cancel()
-		return fmt.Errorf("embedded DNS: %w", err)
+	if d.dnsSockets, ns.dns = ns.dns, nil; d.dnsSockets == nil {
+		if err := inNamespace(ns.fd, func() (err error) { d.dnsSockets, err = openDNS(); return err }); err != nil {
+			return fmt.Errorf("embedded DNS: %w", err)
+		}
 	}
+	d.ctx, d.cancel = context.WithCancel(c.ctx)
 	d.wg.Go(d.serveUDP)
 	d.wg.Go(d.serveTCP)
 	sb.dns = d
@@ -78,30 +109,9 @@ func (c *Controller) startDNS(sb *sandbox, fd int, u *undo) (err error) {
 	return nil
 }
 
-// listen opens the sockets, in the sandbox.
-func (d *dnsServer) listen() (err error) {
-	defer func() {
-		if err != nil && d.udp != nil {
-			d.udp.Close()
-		}
-		if err != nil && d.tcp != nil {
-			d.tcp.Close()
-		}
-	}()
-	addr := netip.AddrPortFrom(dnsAddress, 0)
-	if d.udp, err = net.ListenUDP("udp4", net.UDPAddrFromAddrPort(addr)); err != nil {
-		return err
-	}
-	if d.tcp, err = net.ListenTCP("tcp4", net.TCPAddrFromAddrPort(addr)); err != nil {
-		return err
-	}
-	return redirectDNS(uint16(d.udp.LocalAddr().(*net.UDPAddr).Port), uint16(d.tcp.Addr().(*net.TCPAddr).Port))
-}
-
 func (d *dnsServer) close() {
 	d.cancel()
-	d.udp.Close()
-	d.tcp.Close()
+	d.dnsSockets.close()
 	d.wg.Wait()
 }
 

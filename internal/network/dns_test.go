@@ -43,7 +43,7 @@ func (b *box) ask(proto string, typ uint16, name string) string {
 }
 
 // upstreamDNS answers every name with 198.51.100.7, and "refused." with a refusal.
-func upstreamDNS(t *testing.T, ns int, addr string) {
+func upstreamDNS(t testing.TB, ns int, addr string) {
 	t.Helper()
 	handler := dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) {
 		m := new(dns.Msg).SetReply(q)

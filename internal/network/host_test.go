@@ -27,7 +27,7 @@ import (
 // host is a machine for tests: a network namespace with "eth0" (192.0.2.1, 2001:db8::1), and another, the client, at the
 // other end of the cable (192.0.2.2, 2001:db8::2).
 type host struct {
-	t          *testing.T
+	t          testing.TB
 	ns, client int
 	dir        string
 	cfg        Config
@@ -35,7 +35,7 @@ type host struct {
 	events     chan string
 }
 
-func newHost(t *testing.T, change ...func(*Config)) *host {
+func newHost(t testing.TB, change ...func(*Config)) *host {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("needs root: makes network namespaces")
@@ -67,7 +67,7 @@ func newHost(t *testing.T, change ...func(*Config)) *host {
 	return h
 }
 
-func testLog(t *testing.T) *slog.Logger {
+func testLog(t testing.TB) *slog.Logger {
 	if !testing.Verbose() {
 		return slog.New(slog.DiscardHandler)
 	}
@@ -78,7 +78,7 @@ type writerFunc func([]byte) (int, error)
 
 func (f writerFunc) Write(b []byte) (int, error) { return f(b) }
 
-func newNS(t *testing.T) int {
+func newNS(t testing.TB) int {
 	t.Helper()
 	ch := make(chan int)
 	go func() {
@@ -159,7 +159,7 @@ func (h *host) stop() {
 	}
 }
 
-func check(t *testing.T, err error) {
+func check(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
@@ -230,7 +230,7 @@ func publish(pairs ...string) func(*Spec) {
 }
 
 // serve answers connections in a namespace with the client's address and a name.
-func serve(t *testing.T, ns int, addr, name string) {
+func serve(t testing.TB, ns int, addr, name string) {
 	t.Helper()
 	var l net.Listener
 	check(t, inNamespace(ns, func() (err error) { l, err = net.Listen("tcp", addr); return err }))
@@ -248,7 +248,7 @@ func serve(t *testing.T, ns int, addr, name string) {
 	}()
 }
 
-func serveUDP(t *testing.T, ns int, addr, name string) {
+func serveUDP(t testing.TB, ns int, addr, name string) {
 	t.Helper()
 	var l *net.UDPConn
 	check(t, inNamespace(ns, func() error {
@@ -299,14 +299,14 @@ func dial(ns int, proto, addr string) string {
 	return string(b)
 }
 
-func expect(t *testing.T, what, got, want string) {
+func expect(t testing.TB, what, got, want string) {
 	t.Helper()
 	if got != want {
 		t.Errorf("%s: got %q, want %q", what, got, want)
 	}
 }
 
-func refused(t *testing.T, what, got string) {
+func refused(t testing.TB, what, got string) {
 	t.Helper()
 	if !strings.HasPrefix(got, "error: ") {
 		t.Errorf("%s: got an answer %q, want none", what, got)
@@ -314,12 +314,12 @@ func refused(t *testing.T, what, got string) {
 }
 
 // nft shows the rules of a namespace.
-func nft(t *testing.T, ns int, args ...string) string {
+func nft(t testing.TB, ns int, args ...string) string {
 	t.Helper()
 	return command(t, ns, "nft", args...)
 }
 
-func command(t *testing.T, ns int, name string, args ...string) string {
+func command(t testing.TB, ns int, name string, args ...string) string {
 	t.Helper()
 	path, err := exec.LookPath(name)
 	if err != nil {
@@ -337,7 +337,7 @@ func command(t *testing.T, ns int, name string, args ...string) string {
 }
 
 // dialUDP returns a function that sends from one socket and returns the answer.
-func dialUDP(t *testing.T, ns int, addr string) func(string) string {
+func dialUDP(t testing.TB, ns int, addr string) func(string) string {
 	t.Helper()
 	var conn net.Conn
 	check(t, inNamespace(ns, func() (err error) { conn, err = net.Dial("udp", addr); return err }))

@@ -140,8 +140,8 @@ func TestRoutedNetworkIsReachableByItsAddresses(t *testing.T) {
 	expect(t, "way out with its own IPv6 address", dial(a.ns(), "tcp", "[2001:db8::2]:99"), "client "+a6)
 	command(t, h.client, "ping", "-c1", "-W2", a4)
 	a.stop()
-	if strings.Contains(h.leftovers(), "open") {
-		t.Errorf("left behind: %s", h.leftovers())
+	if strings.Contains(h.remains(), "open") {
+		t.Errorf("left behind: %s", h.remains())
 	}
 }
 

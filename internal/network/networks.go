@@ -116,6 +116,7 @@ func (c *Controller) build(n *nw) (err error) {
 		}
 		undo = append(undo, func() error { c.closeForeign(n); return nil })
 		c.openForeign()
+		c.warm.fillDNS()
 	}
 	if err := c.store.Put(n.ID, n.record); err != nil {
 		return fmt.Errorf("store network %s: %w", n.Name, err)

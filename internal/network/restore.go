@@ -118,7 +118,7 @@ func (c *Controller) adopt(r Restored) error {
 			}
 		}
 	}
-	errs = append(errs, c.startDNS(sb, ns.fd, &undo{log: c.log}))
+	errs = append(errs, c.startDNS(sb, ns, &undo{log: c.log}))
 	return errors.Join(append(errs, c.save(sb))...)
 }
 

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/miekg/dns"
 	"github.com/vishvananda/netlink"
@@ -59,8 +60,17 @@ func TestRestoreWithoutRecordsTakesTheEnginesWord(t *testing.T) {
 	refused(t, "after stop", dial(h.client, "tcp", "192.0.2.1:8080"))
 }
 
-// leftovers lists what is in the kernel and on disk of a host, except for what always is.
-func (h *host) leftovers() string {
+// leftovers waits until the kernel has removed what is on its way out, and returns what is left.
+func (h *host) leftovers(want ...string) string {
+	for end := time.Now().Add(3 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		if got := h.remains(); got == strings.Join(want, "") || time.Now().After(end) {
+			return got
+		}
+	}
+}
+
+// remains lists what is in the kernel and on disk of a host, except for what always is.
+func (h *host) remains() string {
 	var out []string
 	nh, err := netlink.NewHandleAt(netns.NsHandle(h.ns))
 	check(h.t, err)
@@ -163,7 +173,7 @@ func TestFailedStartLeavesNothing(t *testing.T) {
 	h := newHost(t)
 	taken := h.run("taken", publish("8080->80/tcp"))
 	serve(t, h.ns, ":9090", "host")
-	before := h.leftovers()
+	before := h.remains()
 	for name, c := range map[string]struct {
 		change func(*Spec)
 		want   string
@@ -180,7 +190,7 @@ func TestFailedStartLeavesNothing(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: got %v, want %q", name, err, c.want)
 		}
-		expect(t, name+": left behind", h.leftovers(), before)
+		expect(t, name+": left behind", h.leftovers(before), before)
 	}
 	taken.stop()
 	b := h.run("c1", publish("7000->1/tcp"))

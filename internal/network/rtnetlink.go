@@ -245,6 +245,23 @@ func linkUp(name string, index int) rtStep {
 	return rtStep{"bring up " + name, req}
 }
 
+// brStateDisabled is BR_STATE_DISABLED of linux/if_bridge.h.
+const brStateDisabled = 0
+
+// portDisable takes a bridge port out of service: nothing is sent to it, learned from it or remembered of it.
+func portDisable(name string) rtStep {
+	req := nl.NewNetlinkRequest(unix.RTM_NEWLINK, 0)
+	req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
+	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
+	info.AddRtAttr(nl.IFLA_INFO_SLAVE_KIND, nl.NonZeroTerminated("bridge"))
+	data := info.AddRtAttr(nl.IFLA_INFO_SLAVE_DATA, nil)
+	data.AddRtAttr(nl.IFLA_BRPORT_STATE, []byte{brStateDisabled})
+	data.AddRtAttr(nl.IFLA_BRPORT_FLUSH, nil)
+	req.AddData(info)
+	return rtStep{"disable bridge port " + name, req}
+}
+
 func linkDel(name string) rtStep {
 	req := nl.NewNetlinkRequest(unix.RTM_DELLINK, 0)
 	req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"dolium/internal/fault"
 
@@ -173,7 +174,11 @@ func (c *Controller) connectSandbox(sb *sandbox, u *undo) error {
 	if err := c.publish(sb, u); err != nil {
 		return err
 	}
-	ns, err := c.warm.take()
+	kind := warmPlain
+	if sb.dnsWanted {
+		kind = warmDNS
+	}
+	ns, err := c.warm.take(kind)
 	if err != nil {
 		return err
 	}
@@ -205,7 +210,7 @@ func (c *Controller) connectSandbox(sb *sandbox, u *undo) error {
 	if err := c.writeFiles(sb); err != nil {
 		return err
 	}
-	return c.startDNS(sb, ns.fd, u)
+	return c.startDNS(sb, ns, u)
 }
 
 // applySysctls sets what exists by now, and returns the rest: sysctls of an interface exist when it does.
@@ -322,6 +327,49 @@ func (c *Controller) unplug(ep *endpoint) error {
 	return nil
 }
 
+// mute makes the interfaces of endpoints pass nothing any more, and the bridge forget where they were: the addresses can
+// be used again from here on. Deleting the interfaces waits for every CPU, which is not on a stop's way.
+func (c *Controller) mute(eps []*endpoint) error {
+	var steps []rtStep
+	for _, ep := range eps {
+		if ep.net.Driver == "bridge" {
+			steps = append(steps, portDisable(ep.hostIf()))
+		}
+	}
+	if c.rt.run(steps...) == nil {
+		return nil
+	}
+	// Gone, or not on its bridge any more.
+	var errs []error
+	for _, ep := range eps {
+		errs = append(errs, c.unplug(ep))
+	}
+	return errors.Join(errs...)
+}
+
+// reapAfter is when interfaces that didn't go with their namespace are removed: another container may keep that.
+const reapAfter = time.Second
+
+// reap sees that the interfaces of endpoints go. The kernel removes those of a namespace that nobody uses, many at once
+// and in its own time; what is left then is removed here, or by the next start of the daemon.
+func (c *Controller) reap(eps []*endpoint) {
+	eps = slices.DeleteFunc(slices.Clone(eps), func(ep *endpoint) bool { return ep.net.Driver != "bridge" })
+	if len(eps) == 0 {
+		return
+	}
+	c.wg.Go(func() {
+		select {
+		case <-time.After(reapAfter):
+		case <-c.ctx.Done():
+		}
+		for _, ep := range eps {
+			if err := c.unplug(ep); err != nil {
+				c.log.Warn("interface of ended container left behind", "interface", ep.hostIf(), "error", err)
+			}
+		}
+	})
+}
+
 // setRoutes makes the default routes lead by sb.gw; before are the endpoints they led by.
 func (c *Controller) setRoutes(sb *sandbox, before [2]*endpoint, rt *rtConn) error {
 	var steps []rtStep
@@ -378,12 +426,11 @@ func (c *Controller) Stop(_ context.Context, containerID string) error {
 	var errs []error
 	errs = append(errs, c.unpublish(sb))
 	sb.closeServices()
-	for _, ep := range eps {
-		errs = append(errs, c.unplug(ep))
-	}
+	errs = append(errs, c.mute(eps))
 	if sb.key != "" {
 		errs = append(errs, unpin(sb.key))
 	}
+	c.reap(eps)
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("release network of container %s: %w", containerID, err)
 	}

@@ -14,17 +14,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// warmSize is how many namespaces wait to be used. Making one costs the kernel a few milliseconds; a burst of starts
-// larger than this makes them as it goes.
+// warmSize is how many namespaces of each kind wait to be used. Making one costs a millisecond or two, with the embedded
+// DNS ten; a burst of starts larger than this makes them as it goes.
 const warmSize = 8
+
+// Kinds of namespaces that wait.
+const (
+	warmPlain = iota
+	warmDNS   // with sockets and rule of the embedded DNS
+	warmKinds
+)
 
 // warmPool makes network namespaces ahead of time. What it has made when the daemon ends is removed by the next start.
 type warmPool struct {
 	dir   string
 	log   *slog.Logger
-	ready chan *warmNS
-	done  chan struct{}
-	stop  context.CancelFunc
+	ready [warmKinds]chan *warmNS
+	// fillDNS starts making those with DNS, once a network needs them.
+	fillDNS func()
+	wg      sync.WaitGroup
+	stop    context.CancelFunc
 
 	mu sync.Mutex
 	// made are the paths of namespaces nobody has taken yet.
@@ -36,25 +45,37 @@ type warmNS struct {
 	id, path string
 	fd       int
 	rt       *rtConn
+	// dns are the embedded DNS's sockets; nil in a plain one, and once they were taken.
+	dns *dnsSockets
 }
 
 // close lets go of the handles; the namespace stays pinned.
 func (w *warmNS) close() {
-	unix.Close(w.fd)
+	if w.fd >= 0 {
+		unix.Close(w.fd)
+	}
 	w.rt.close()
+	w.dns.close()
 }
 
 func newWarmPool(ctx context.Context, dir string, log *slog.Logger) *warmPool {
 	ctx, stop := context.WithCancel(ctx)
-	p := &warmPool{dir: dir, log: log, ready: make(chan *warmNS, warmSize), done: make(chan struct{}), stop: stop, made: map[string]struct{}{}}
-	go p.fill(ctx)
+	p := &warmPool{dir: dir, log: log, stop: stop, made: map[string]struct{}{}}
+	for kind := range p.ready {
+		p.ready[kind] = make(chan *warmNS, warmSize)
+	}
+	p.fillDNS = sync.OnceFunc(func() {
+		if ctx.Err() == nil {
+			p.wg.Go(func() { p.fill(ctx, warmDNS) })
+		}
+	})
+	p.wg.Go(func() { p.fill(ctx, warmPlain) })
 	return p
 }
 
-func (p *warmPool) fill(ctx context.Context) {
-	defer close(p.done)
+func (p *warmPool) fill(ctx context.Context, kind int) {
 	for ctx.Err() == nil {
-		ns, err := p.make()
+		ns, err := p.make(kind)
 		if err != nil {
 			// take will meet the same error and return it to somebody.
 			p.log.Error("network namespace can't be prepared", "error", err)
@@ -65,21 +86,28 @@ func (p *warmPool) fill(ctx context.Context) {
 			continue
 		}
 		select {
-		case p.ready <- ns:
+		case p.ready[kind] <- ns:
 		case <-ctx.Done():
 			p.discard(ns)
 		}
 	}
 }
 
-// take returns a ready namespace, or makes one. It is the caller's then.
-func (p *warmPool) take() (*warmNS, error) {
+// take returns a ready namespace, of the kind if there is one, or makes one. It is the caller's then.
+func (p *warmPool) take(kind int) (*warmNS, error) {
+	if kind == warmDNS {
+		p.fillDNS()
+	}
 	var ns *warmNS
-	var err error
-	select {
-	case ns = <-p.ready:
-	default:
-		if ns, err = p.make(); err != nil {
+	for ; ns == nil && kind >= 0; kind-- {
+		select {
+		case ns = <-p.ready[kind]:
+		default:
+		}
+	}
+	if ns == nil {
+		var err error
+		if ns, err = p.make(warmPlain); err != nil {
 			return nil, err
 		}
 	}
@@ -109,18 +137,15 @@ func (p *warmPool) holds(path string) bool {
 
 func (p *warmPool) close() {
 	p.stop()
-	<-p.done
-	for {
-		select {
-		case ns := <-p.ready:
-			p.discard(ns)
-		default:
-			return
+	p.wg.Wait()
+	for _, ready := range p.ready {
+		for len(ready) > 0 {
+			p.discard(<-ready)
 		}
 	}
 }
 
-func (p *warmPool) make() (*warmNS, error) {
+func (p *warmPool) make(kind int) (*warmNS, error) {
 	ns := &warmNS{id: newID(), fd: -1}
 	ns.path = filepath.Join(p.dir, ns.id[:12])
 	p.mu.Lock()
@@ -137,7 +162,7 @@ func (p *warmPool) make() (*warmNS, error) {
 		}
 		defer unix.Close(home)
 		if err = unix.Unshare(unix.CLONE_NEWNET); err == nil {
-			err = ns.prepare()
+			err = ns.prepare(kind)
 		}
 		// Without the way back the thread ends with this goroutine.
 		if unix.Setns(home, unix.CLONE_NEWNET) == nil {
@@ -149,10 +174,7 @@ func (p *warmPool) make() (*warmNS, error) {
 		p.mu.Lock()
 		delete(p.made, ns.path)
 		p.mu.Unlock()
-		if ns.fd >= 0 {
-			unix.Close(ns.fd)
-		}
-		ns.rt.close()
+		ns.close()
 		return nil, fmt.Errorf("create network namespace: %w", errors.Join(err, unpin(ns.path)))
 	}
 	return ns, nil
@@ -169,7 +191,7 @@ var sandboxSysctls = [...][2]string{
 }
 
 // prepare sets up the namespace of the calling thread and pins it.
-func (ns *warmNS) prepare() error {
+func (ns *warmNS) prepare(kind int) error {
 	var err error
 	if ns.rt, err = openRt(); err != nil {
 		return err
@@ -185,6 +207,11 @@ func (ns *warmNS) prepare() error {
 	}
 	if ns.fd, err = unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
 		return err
+	}
+	if kind == warmDNS {
+		if ns.dns, err = openDNS(); err != nil {
+			return err
+		}
 	}
 	return pin(ns.path)
 }
