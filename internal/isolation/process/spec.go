@@ -15,6 +15,9 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 )
 
+// specVersion is the oldest version of the OCI runtime spec that has what is used here: older runtimes refuse newer ones.
+const specVersion = "1.0.2"
+
 // spec turns Docker's configuration into an OCI runtime spec. Defaults are Docker's where the engine left a choice.
 func (d *Driver) spec(s *isolation.Spec) (*specs.Spec, error) {
 	if s.Config == nil || s.Host == nil {
@@ -25,7 +28,7 @@ func (d *Driver) spec(s *isolation.Spec) (*specs.Spec, error) {
 		return nil, err
 	}
 	spec := &specs.Spec{
-		Version:     specs.Version,
+		Version:     specVersion,
 		Root:        &specs.Root{Path: s.Rootfs, Readonly: s.Host.ReadonlyRootfs},
 		Annotations: s.Host.Annotations,
 		Linux: &specs.Linux{

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -279,6 +280,16 @@ func readReaped(dir string, pid int, start uint64) (status syscall.WaitStatus, a
 		return 0, at, false
 	}
 	return syscall.WaitStatus(s), time.Unix(0, ns), true
+}
+
+// reapedStart is the start time of the process with that PID which the guard reaped.
+func (w *worker) reapedStart(pid int) (uint64, error) {
+	found, err := filepath.Glob(filepath.Join(w.args.dir(), "reaped", strconv.Itoa(pid)+"-*"))
+	if err != nil || len(found) != 1 {
+		return 0, unix.ESRCH
+	}
+	_, start, _ := strings.Cut(filepath.Base(found[0]), "-")
+	return strconv.ParseUint(start, 10, 64)
 }
 
 func readInheritance() (inheritance, error) {

@@ -99,7 +99,9 @@ func runWithIO(c *libcontainer.Container, process *libcontainer.Process, io stdi
 		process.Stdin, process.Stdout, process.Stderr = io.files[0], io.files[1], io.files[2]
 		return -1, c.Start(process)
 	}
-	process.ConsoleWidth, process.ConsoleHeight = uint16(io.cols), uint16(io.rows)
+	if io.rows > 0 && io.cols > 0 { // newer than what the spec says
+		process.ConsoleWidth, process.ConsoleHeight = uint16(io.cols), uint16(io.rows)
+	}
 	parent, child, err := utils.NewSockPair("console")
 	if err != nil {
 		return -1, err

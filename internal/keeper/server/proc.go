@@ -173,10 +173,12 @@ func (p *proc) start() (err error) {
 	if p.parent == nil {
 		// From here the record says that it runs: should we be killed now, the next worker lets it go on.
 		if err := p.runtime.Start(p.rec.ID); err != nil {
-			p.runtime.KillAll(p.rec.ID)
+			p.runtime.KillAll(p.rec.ID) // it ends, and is announced, as any other
 			return err
 		}
-		_ = os.Remove(filepath.Join(p.dir, configFile)) // 60 KB that nobody needs any more
+		if p.rec.Runtime == "" {
+			_ = os.Remove(filepath.Join(p.dir, configFile)) // 60 KB that nobody needs any more
+		}
 	}
 	return nil
 }
@@ -194,13 +196,13 @@ func (p *proc) spawn() (pid, master int, err error) {
 }
 
 func (p *proc) started(pid, master int) error {
-	start, err := startTime(pid)
+	start, pidfd, err := identify(pid)
+	if errors.Is(err, unix.ESRCH) {
+		// An external runtime's exec can be over before the runtime itself is; the guard has reaped it.
+		start, err = p.w.reapedStart(pid)
+	}
 	if err != nil {
 		return fmt.Errorf("start %s: process is already dead: %w", p.rec.Key, err)
-	}
-	pidfd, err := unix.PidfdOpen(pid, 0)
-	if err != nil {
-		return fmt.Errorf("start %s: %w", p.rec.Key, err)
 	}
 	if p.stdinKeep >= 0 {
 		unix.Close(p.stdinKeep) // the process has its end of stdin
@@ -210,7 +212,9 @@ func (p *proc) started(pid, master int) error {
 	if p.rec.Terminal {
 		if err := p.setTerminal(master); err != nil {
 			p.mu.Unlock()
-			unix.Close(pidfd)
+			if pidfd >= 0 {
+				unix.Close(pidfd)
+			}
 			return err
 		}
 	}
@@ -220,7 +224,21 @@ func (p *proc) started(pid, master int) error {
 	if err != nil {
 		return err
 	}
+	if pidfd < 0 {
+		return p.watchDead()
+	}
 	return p.watchAll()
+}
+
+// watchDead is watchAll for a process that has ended already.
+func (p *proc) watchDead() error {
+	for _, s := range p.out {
+		if err := s.begin(); err != nil {
+			return err
+		}
+	}
+	go p.endedUnseen()
+	return nil
 }
 
 // watchAll begins to move output and to wait for the end.

@@ -23,7 +23,7 @@ func (w *worker) recover(fds map[string]int) error {
 	for _, r := range records {
 		p := w.newProc(r)
 		if r.Exec != "" {
-			p.parent = w.procs[keeper.Key{ID: r.ID}]
+			p.parent = w.procs[keyOf(r.ID)]
 			if p.parent == nil {
 				os.RemoveAll(p.dir)
 				continue
@@ -170,13 +170,7 @@ func (p *proc) readoptRunning() error {
 	pidfd, err := openPID(p.rec.PID, p.rec.StartTime)
 	if errors.Is(err, unix.ESRCH) {
 		// It ended in between. Its exit is in the guard's file, if there was a guard.
-		for _, s := range p.out {
-			if err := s.begin(); err != nil {
-				return err
-			}
-		}
-		go p.endedUnseen()
-		return nil
+		return p.watchDead()
 	}
 	if err != nil {
 		return err

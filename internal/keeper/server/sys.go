@@ -45,6 +45,19 @@ func zombieStatus(pid int, start uint64) (syscall.WaitStatus, bool) {
 	return syscall.WaitStatus(status), err == nil
 }
 
+// identify opens a pidfd of a process and reads its start time. Error: ESRCH (and pidfd -1) when it is gone.
+func identify(pid int) (start uint64, pidfd int, err error) {
+	pidfd, err = unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return 0, -1, err
+	}
+	if start, err = startTime(pid); err != nil {
+		unix.Close(pidfd)
+		return 0, -1, unix.ESRCH
+	}
+	return start, pidfd, nil
+}
+
 // openPID opens a pidfd of the process that was started at start. Error: ESRCH when it is gone.
 func openPID(pid int, start uint64) (int, error) {
 	fd, err := unix.PidfdOpen(pid, 0)

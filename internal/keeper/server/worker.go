@@ -290,7 +290,7 @@ func (w *worker) exec(k keeper.Key, x *keeper.Process) error {
 	if !validID.MatchString(k.Exec) || x == nil || x.Spec == nil {
 		return fmt.Errorf("malformed request to execute in %q: %w", k, errdefs.ErrInvalidArgument)
 	}
-	parent, err := w.proc(keeper.Key{ID: k.ID})
+	parent, err := w.proc(keyOf(k.ID))
 	if err != nil {
 		return err
 	}
@@ -332,8 +332,13 @@ func (w *worker) admit(p *proc, name string, spec any) (err error) {
 }
 
 func (w *worker) runtimeOf(r *record) runtime {
-	return w.builtin
+	if r.Runtime == "" {
+		return w.builtin
+	}
+	return &external{w: w, path: r.Runtime, args: r.RuntimeArgs, systemd: r.SystemdCgroup}
 }
+
+func keyOf(id string) keeper.Key { return keeper.Key{ID: id} }
 
 // announce tells every listener; one that doesn't keep up is cut off and asks again.
 func (w *worker) announce(s keeper.State) {
