@@ -117,7 +117,7 @@ func (s *Server) serve(w *response, hr *http.Request, h handler, asked, name str
 		panic(http.ErrAbortHandler)
 	}
 	code := statusCode(err)
-	if code >= http.StatusInternalServerError && code != http.StatusNotImplemented {
+	if code == http.StatusInternalServerError && !clientLeft(err) {
 		s.cfg.Log.Error("request failed", "method", hr.Method, "path", hr.URL.Path, "error", err)
 	}
 	var old tooOldError
