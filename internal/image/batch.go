@@ -8,6 +8,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/containerd/v2/pkg/gc"
+	"github.com/containerd/errdefs"
 	bolt "go.etcd.io/bbolt"
 )
 
@@ -75,7 +76,7 @@ func (s *Store) sweepSnapshots(ctx context.Context) {
 	if !ok {
 		return
 	}
-	if err := c.Cleanup(s.context(context.WithoutCancel(ctx))); err != nil {
+	if err := c.Cleanup(s.context(context.WithoutCancel(ctx))); err != nil && !errdefs.IsNotFound(err) {
 		s.log.Warn("remove directories of abandoned snapshots", "err", err)
 	}
 }
@@ -83,10 +84,10 @@ func (s *Store) sweepSnapshots(ctx context.Context) {
 // GarbageCollect removes content and snapshots that nothing refers to any more. It is what the builder must call, and not
 // the metadata database's own.
 func (s *Store) GarbageCollect(ctx context.Context) (gc.Stats, error) {
+	// A chain that containers stand on must be on disk before the content goes that it could be made from again.
+	s.unsynced.wait(s.chains.inUse)
 	s.gcMu.Lock()
 	defer s.gcMu.Unlock()
-	// What is being removed here may be half of what a chain in the journal stands on.
-	s.unsynced.wait()
 	ctx = s.context(context.WithoutCancel(ctx))
 	if err := s.chains.releaseUnused(ctx); err != nil {
 		return nil, fmt.Errorf("release layer chains: %w", err)

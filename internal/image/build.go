@@ -139,7 +139,7 @@ func (s *Store) create(ctx context.Context, n newImage) (*Image, error) {
 		return nil, fmt.Errorf("name image %s: %w", shortID(target.Digest.String()), err)
 	}
 	if n.name != nil {
-		s.event("tag", target.Digest.String(), map[string]string{"name": reference.FamiliarString(n.name)})
+		s.imageEvent(ctx, "tag", target, reference.FamiliarString(n.name))
 	}
 	return s.open(ctx, target, nil, target.Digest.String())
 }

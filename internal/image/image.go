@@ -386,7 +386,7 @@ func (s *Store) tag(ctx context.Context, named reference.Named, target ocispec.D
 	if _, err := s.names.name(ctx, images.Image{Name: named.String(), Target: target, Labels: labels}); err != nil {
 		return fmt.Errorf("tag %s: %w", reference.FamiliarString(named), err)
 	}
-	s.event("tag", target.Digest.String(), map[string]string{"name": reference.FamiliarString(named)})
+	s.imageEvent(ctx, "tag", target, reference.FamiliarString(named))
 	return nil
 }
 

@@ -71,7 +71,7 @@ func (s *Store) Import(ctx context.Context, src io.Reader, opts ImportOptions) (
 		}
 		return nil, invalidf("import: %w", err) // most likely no archive
 	}
-	s.event("import", img.ID.String(), map[string]string{"name": img.ID.String()})
+	s.imageEvent(ctx, "import", img.Target, img.ID.String())
 	return img, nil
 }
 

@@ -53,11 +53,12 @@ func (s *Store) Inspect(ctx context.Context, ref string, opts InspectOptions) (*
 	if img == nil {
 		return r, nil // nothing of it is here but the index
 	}
-	return r, s.describe(ctx, img, r)
+	describe(img, r)
+	return r, nil
 }
 
 // describe adds what the image's configuration says.
-func (s *Store) describe(ctx context.Context, img *Image, r *image.InspectResponse) error {
+func describe(img *Image, r *image.InspectResponse) {
 	c := img.Config
 	r.Config = &c.Config
 	r.Author, r.Architecture, r.Variant, r.Os, r.OsVersion = c.Author, c.Architecture, c.Variant, c.OS, c.OSVersion
@@ -71,7 +72,6 @@ func (s *Store) describe(ctx context.Context, img *Image, r *image.InspectRespon
 	for _, d := range c.RootFS.DiffIDs {
 		r.RootFS.Layers = append(r.RootFS.Layers, d.String())
 	}
-	return nil
 }
 
 func lastTagged(records []images.Image) time.Time {

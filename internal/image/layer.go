@@ -169,6 +169,14 @@ func (t *chainTable) forget(layer string) {
 	}
 }
 
+// inUse says whether layers stand on a chain. (The chains under it are noted for a sync together with it.)
+func (t *chainTable) inUse(chain string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	use := t.chains[chain]
+	return use != nil && len(use.layers) > 0
+}
+
 // releaseUnused ends the leases of chains without a layer. It holds the table, so that none is acquired meanwhile.
 func (t *chainTable) releaseUnused(ctx context.Context) error {
 	t.mu.Lock()

@@ -210,7 +210,7 @@ func TestLayersThatMayBeTornByACrashAreUnpackedAgain(t *testing.T) {
 	if got := readFile(t, filepath.Join(merged, "f")); got != "whole" {
 		t.Errorf("f is %q", got)
 	}
-	s.unsynced.wait()
+	s.unsynced.wait(func(string) bool { return true })
 	if _, err := os.Stat(filepath.Join(root, "unsynced.json")); err == nil {
 		t.Error("the journal still has entries")
 	}

@@ -117,7 +117,7 @@ func (s *Store) loadOne(ctx context.Context, d ocispec.Descriptor, opts LoadOpti
 			return fmt.Errorf("load %s: %w", shown, err)
 		}
 	}
-	s.event("load", target.Digest.String(), map[string]string{"name": target.Digest.String()})
+	s.imageEvent(ctx, "load", target, target.Digest.String())
 	if opts.Progress != nil {
 		opts.Progress(jsonstream.Message{Stream: message + "\n"})
 	}

@@ -64,10 +64,10 @@ func (s *Store) Prune(ctx context.Context, f filters.Args) (*image.PruneReport, 
 			return report, fmt.Errorf("prune %s: %w", familiar(r), err)
 		}
 		id := r.Target.Digest.String()
-		s.event("untag", id, map[string]string{"name": familiar(r)})
+		s.imageEvent(ctx, "untag", r.Target, familiar(r))
 		report.ImagesDeleted = append(report.ImagesDeleted, image.DeleteResponse{Untagged: familiar(r)})
 		if len(s.names.withTarget(r.Target.Digest)) == 0 {
-			s.event("delete", id, map[string]string{"name": id})
+			s.imageEvent(ctx, "delete", r.Target, id)
 			report.ImagesDeleted = append(report.ImagesDeleted, image.DeleteResponse{Deleted: id})
 		}
 	}

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -24,6 +25,8 @@ import (
 	"github.com/moby/moby/api/types/registry"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"dolium/internal/filters"
 )
 
 func noise(n int, seed uint64) string {
@@ -529,5 +532,127 @@ func BenchmarkPullThirtyLayers(b *testing.B) {
 		b.StopTimer()
 		must(b, s.Close())
 		b.StartTimer()
+	}
+}
+
+func TestHostsTomlSaysWhereARegistryIs(t *testing.T) {
+	s, reg := newStore(t), newRegistry(t)
+	reg.putImage(t, "app", "1", runtime.GOARCH, nil, gzipLayer(t, layerTar(t, file{name: "f", data: "x"})))
+	dir := filepath.Join(s.cfg.CertsDir, "registry.example.com")
+	must(t, os.MkdirAll(dir, 0o755))
+	must(t, os.WriteFile(filepath.Join(dir, "hosts.toml"), fmt.Appendf(nil, "server = %q\n", reg.URL), 0o644))
+	must(t, s.Pull(t.Context(), "registry.example.com/app:1", PullOptions{}))
+}
+
+func TestSearchAsksTheRegistryOfTheTerm(t *testing.T) {
+	s, reg := newStore(t), newRegistry(t)
+	reg.intercept(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Path != "/v1/search" {
+			return false
+		}
+		if r.URL.Query().Get("n") != "7" {
+			t.Errorf("asked for %s", r.URL.RawQuery)
+		}
+		fmt.Fprintf(w, `{"results":[{"name":%q,"star_count":5,"is_official":true,"is_automated":true},{"name":"b","star_count":1}]}`, r.URL.Query().Get("q"))
+		return true
+	})
+	found, err := s.Search(t.Context(), reg.host()+"/team/redis", SearchOptions{Limit: 7, Filters: filters.Args{"stars": {"3"}, "is-official": {"true"}}})
+	must(t, err)
+	if len(found) != 1 || found[0].Name != "team/redis" || found[0].IsAutomated {
+		t.Errorf("found %+v", found)
+	}
+	for _, o := range []SearchOptions{{Limit: 101}, {Filters: filters.Args{"stars": {"many"}}}, {Filters: filters.Args{"x": {"y"}}}} {
+		if _, err := s.Search(t.Context(), "redis", o); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%+v: %v", o, err)
+		}
+	}
+}
+
+// TestMain is also the daemon that TestPullOfAKilledDaemonIsContinued kills.
+func TestMain(m *testing.M) {
+	if root, ref := os.Getenv("IMAGE_TEST_PULL_ROOT"), os.Getenv("IMAGE_TEST_PULL_REF"); root != "" {
+		s, err := New(context.Background(), Config{Root: root})
+		if err == nil {
+			err = s.Pull(context.Background(), ref, PullOptions{})
+		}
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	os.Exit(m.Run())
+}
+
+func TestPullOfAKilledDaemonIsContinued(t *testing.T) {
+	needRoot(t)
+	reg, root := newRegistry(t), t.TempDir()
+	var layers []layerBlob
+	for i := range 8 {
+		layers = append(layers, gzipLayer(t, layerTar(t, file{name: fmt.Sprint(i), data: noise(600<<10, uint64(i))})))
+	}
+	reg.putImage(t, "app", "1", runtime.GOARCH, nil, layers...)
+	// The daemon is killed at several moments: after so many blobs were asked for, and in the middle of the last.
+	for _, at := range []int32{2, 4, 7, 9} {
+		cmd := exec.Command(os.Args[0])
+		cmd.Env = append(os.Environ(), "IMAGE_TEST_PULL_ROOT="+root, "IMAGE_TEST_PULL_REF="+reg.host()+"/app:1")
+		var asked atomic.Int32
+		reached := make(chan struct{})
+		reg.intercept(func(w http.ResponseWriter, r *http.Request) bool {
+			if !strings.Contains(r.URL.Path, "/blobs/") || r.Method != http.MethodGet {
+				return false
+			}
+			n := asked.Add(1)
+			if n < at {
+				return false
+			}
+			raw := layers[0].packed
+			for _, l := range layers {
+				if strings.HasSuffix(r.URL.Path, digest.FromBytes(l.packed).String()) {
+					raw = l.packed
+				}
+			}
+			w.Header().Set("Content-Length", fmt.Sprint(len(raw)))
+			w.Write(raw[:100<<10])
+			w.(http.Flusher).Flush()
+			if n == at {
+				close(reached)
+			}
+			<-r.Context().Done()
+			return true
+		})
+		must(t, cmd.Start())
+		exited := make(chan struct{})
+		go func() { cmd.Wait(); close(exited) }()
+		select {
+		case <-reached: // in the middle of a layer, others being unpacked
+		case <-exited: // it had all it needed from before
+		case <-time.After(20 * time.Second):
+			t.Error("the daemon asks for nothing")
+		}
+		cmd.Process.Kill()
+		<-exited
+	}
+	reg.intercept(nil)
+	s := openStore(t, root)
+	reg.requests("")
+	must(t, s.Pull(t.Context(), reg.host()+"/app:1", PullOptions{}))
+	if n := reg.requests("GET .*/blobs/"); n > 8 {
+		t.Errorf("%d blobs were downloaded after all those attempts", n)
+	}
+	img, err := s.Resolve(t.Context(), reg.host()+"/app:1", nil)
+	must(t, err)
+	must(t, s.CreateLayer(t.Context(), "c", img, LayerOptions{}))
+	merged, err := s.MountLayer(t.Context(), "c")
+	must(t, err)
+	for i := range 8 {
+		if readFile(t, filepath.Join(merged, fmt.Sprint(i))) != noise(600<<10, uint64(i)) {
+			t.Errorf("layer %d differs", i)
+		}
+	}
+	must(t, s.collect(t.Context()))
+	dirs, err := filepath.Glob(filepath.Join(root, "snapshots/snapshots/*"))
+	must(t, err)
+	ingests, err := filepath.Glob(filepath.Join(root, "content/ingest/*"))
+	must(t, err)
+	if len(dirs) != 8 || len(ingests) != 0 {
+		t.Errorf("%d snapshots and %d ingests are left, want 8 and none", len(dirs), len(ingests))
 	}
 }

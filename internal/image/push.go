@@ -128,7 +128,11 @@ func (s *Store) pushOne(ctx context.Context, se *session, ref reference.Named, r
 		r.status("", fmt.Sprintf("%s: digest: %s size: %d", tagged.Tag(), target.Digest, target.Size))
 		r.aux(map[string]any{"Tag": tagged.Tag(), "Digest": target.Digest.String(), "Size": target.Size})
 	}
-	s.event("push", reference.FamiliarString(ref), map[string]string{"name": reference.FamiliarName(ref)})
+	var labels map[string]string
+	if img, err := s.open(ctx, record.Target, nil, record.Name); err == nil { // what can't be read has no labels
+		labels = img.Config.Config.Labels
+	}
+	s.event("push", reference.FamiliarString(ref), mergeLabels(labels, map[string]string{"name": reference.FamiliarName(ref)}))
 	return nil
 }
 

@@ -272,18 +272,26 @@ type watchedTransport struct {
 func (w *watchedTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	host := r.URL.Host
 	w.se.mu.Lock()
-	dead := w.se.dead[host]
+	silent, isDialError := w.se.dead[host].(dialError)
 	w.se.mu.Unlock()
-	if dead != nil {
-		return nil, dead
+	if isDialError {
+		return nil, silent // once waited for is enough; other errors come at once
 	}
 	resp, err := w.RoundTripper.RoundTrip(r)
 	if err == nil || r.Context().Err() != nil {
+		if err == nil {
+			w.se.mu.Lock()
+			delete(w.se.dead, host)
+			w.se.mu.Unlock()
+		}
 		return resp, err
 	}
 	var op *net.OpError
 	var de dialError
 	var certificate *tls.CertificateVerificationError
+	if errors.As(err, &de) {
+		err = de
+	}
 	if errors.As(err, &de) || errors.As(err, &op) && op.Op == "dial" || errors.As(err, &certificate) {
 		w.se.mu.Lock()
 		w.se.dead[host] = err

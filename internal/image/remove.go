@@ -177,7 +177,7 @@ func (s *Store) untag(ctx context.Context, records []images.Image) ([]image.Dele
 		if isDangling(r) {
 			continue
 		}
-		s.event("untag", r.Target.Digest.String(), map[string]string{"name": familiar(r)})
+		s.imageEvent(ctx, "untag", r.Target, familiar(r))
 		gone = append(gone, image.DeleteResponse{Untagged: familiar(r)})
 	}
 	return gone, nil
@@ -203,7 +203,7 @@ func (s *Store) removeAll(ctx context.Context, img *Image, names []images.Image,
 		return gone, err
 	}
 	gone = append(gone, image.DeleteResponse{Deleted: img.ID.String()})
-	s.event("delete", img.ID.String(), map[string]string{"name": img.ID.String()})
+	s.imageEvent(ctx, "delete", img.Target, img.ID.String())
 	if opts.NoPrune || len(names) == 0 {
 		return gone, nil
 	}
@@ -219,7 +219,7 @@ func (s *Store) removeAll(ctx context.Context, img *Image, names []images.Image,
 			return gone, err
 		}
 		gone = append(gone, image.DeleteResponse{Deleted: parent})
-		s.event("delete", parent, map[string]string{"name": parent})
+		s.imageEvent(ctx, "delete", records[0].Target, parent)
 		parent = records[0].Labels[parentLabel]
 	}
 	return gone, nil

@@ -11,7 +11,6 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/distribution/reference"
-	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"dolium/internal/fault"
@@ -34,7 +33,7 @@ func (s *Store) Save(ctx context.Context, refs []string, only []ocispec.Platform
 		// All are saved; for manifest.json, which can hold but one, the host's is preferred.
 		opts = append(opts, archive.WithPlatform(matcher(nil)))
 	}
-	var saved []digest.Digest
+	var saved []ocispec.Descriptor
 	for _, ref := range refs {
 		found, err := s.savedBy(ref)
 		if err != nil {
@@ -50,14 +49,14 @@ func (s *Store) Save(ctx context.Context, refs []string, only []ocispec.Platform
 				return err
 			}
 			opts = append(opts, archive.WithManifest(target, f.names...))
-			saved = append(saved, f.record.Target.Digest)
+			saved = append(saved, f.record.Target)
 		}
 	}
 	if err := archive.Export(ctx, s.content, w, opts...); err != nil {
 		return fmt.Errorf("save %s: %w", strings.Join(refs, ", "), err)
 	}
-	for _, d := range saved {
-		s.event("save", d.String(), map[string]string{"name": d.String()})
+	for _, target := range saved {
+		s.imageEvent(ctx, "save", target, target.Digest.String())
 	}
 	return nil
 }

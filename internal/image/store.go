@@ -34,6 +34,7 @@ import (
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sync/semaphore"
 
@@ -271,6 +272,15 @@ func (s *Store) event(action, id string, attrs map[string]string) {
 	if s.cfg.Event != nil {
 		s.cfg.Event(action, id, attrs)
 	}
+}
+
+// imageEvent tells of an image by its ID, with its labels as Docker does.
+func (s *Store) imageEvent(ctx context.Context, action string, target ocispec.Descriptor, name string) {
+	var labels map[string]string
+	if img, err := s.open(ctx, target, nil, name); err == nil { // what can't be read has no labels
+		labels = img.Config.Config.Labels
+	}
+	s.event(action, target.Digest.String(), mergeLabels(labels, map[string]string{"name": name}))
 }
 
 // Context returns ctx with the namespace that the stores below need.

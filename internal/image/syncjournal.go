@@ -96,11 +96,11 @@ func (j *syncJournal) flush() {
 	j.start()
 }
 
-// wait returns when no sync is running.
-func (j *syncJournal) wait() {
+// wait returns when none of the chains for which it matters waits for a sync.
+func (j *syncJournal) wait(matters func(chain string) bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	for j.syncing {
+	for j.syncing && slices.ContainsFunc(j.pending, matters) {
 		j.idle.Wait()
 	}
 }
@@ -123,6 +123,7 @@ func (j *syncJournal) run() {
 		if err == nil {
 			j.pending = slices.Delete(j.pending, 0, len(batch))
 			err = j.write()
+			j.idle.Broadcast()
 		}
 		j.last = err
 		if err != nil {
@@ -155,9 +156,11 @@ func (j *syncJournal) write() error {
 
 func (j *syncJournal) close() error {
 	j.flush()
-	j.wait()
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	for j.syncing {
+		j.idle.Wait()
+	}
 	return j.last
 }
 
