@@ -108,7 +108,9 @@ func serve(cfg *daemonconf.Config, args []string) error {
 	}
 
 	// The doors open.
-	server := startAPI(ctx, api.New(api.Config{Version: daemonconf.Version, Experimental: cfg.Experimental, Log: log}, e), listeners, log)
+	handler := api.New(api.Config{Version: daemonconf.Version, Experimental: cfg.Experimental, Log: log}, e)
+	defer handler.Close()
+	server := startAPI(ctx, handler, listeners, log)
 	defer server.stop()
 	notify(log, daemon.SdNotifyReady)
 	log.Info("daemon is ready", "hosts", cfg.Hosts)

@@ -21,6 +21,37 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// connections are those taken over from HTTP. They outlive their requests as far as net/http is concerned, so they are
+// counted here.
+type connections struct {
+	log *slog.Logger
+	ctx context.Context // of all of them
+	end context.CancelFunc
+	wg  sync.WaitGroup
+}
+
+func newConnections(log *slog.Logger) *connections {
+	ctx, end := context.WithCancel(context.Background())
+	return &connections{log: log, ctx: ctx, end: end}
+}
+
+// enter returns the context of one connection, and what to call when its handler is done. The context of the request
+// doesn't serve: it ends when the client ends its input, which is the end of stdin and no more.
+func (cs *connections) enter() (context.Context, func()) {
+	cs.wg.Add(1)
+	ctx, cancel := context.WithCancel(cs.ctx)
+	return ctx, func() {
+		cancel()
+		cs.wg.Done()
+	}
+}
+
+// close ends all connections and waits for their handlers.
+func (cs *connections) close() {
+	cs.end()
+	cs.wg.Wait()
+}
+
 // conn is a connection taken over from HTTP for the standard streams of a process.
 type conn struct {
 	net.Conn
@@ -38,7 +69,7 @@ func takeOver(w http.ResponseWriter, r *request, tty bool) (*conn, error) {
 	if n := buffered.Reader.Buffered(); n > 0 {
 		early, err := buffered.Reader.Peek(n)
 		if err != nil {
-			c.hangUp()
+			_ = raw.Close()
 			return nil, err
 		}
 		c.in = io.MultiReader(bytes.NewReader(bytes.Clone(early)), raw)
@@ -54,12 +85,12 @@ func takeOver(w http.ResponseWriter, r *request, tty bool) (*conn, error) {
 		fmt.Fprintf(&head, "HTTP/1.1 200 OK\r\nContent-Type: %s\r\n", types.MediaTypeRawStream)
 	}
 	if err := w.Header().Write(&head); err != nil {
-		c.hangUp()
+		_ = raw.Close()
 		return nil, err
 	}
 	head.WriteString("\r\n")
 	if _, err := raw.Write(head.Bytes()); err != nil {
-		c.hangUp()
+		_ = raw.Close()
 		return nil, err
 	}
 	return c, nil
@@ -89,9 +120,10 @@ func (c *conn) Close() error {
 const linger = 3 * time.Second
 
 // hangUp closes the socket once the client has closed its end, or after a while.
-func (c *conn) hangUp() {
+func (c *conn) hangUp(ctx context.Context) {
 	_ = c.CloseWrite()
 	_ = c.SetReadDeadline(time.Now().Add(linger))
+	defer context.AfterFunc(ctx, func() { _ = c.SetReadDeadline(time.Unix(1, 0)) })()
 	_, _ = io.Copy(io.Discard, c.Conn)
 	_ = c.Conn.Close()
 }
@@ -117,9 +149,9 @@ func (f stdoutFrames) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// serve runs the streams of a process over c until they end or the client has gone.
-func (c *conn) serve(log *slog.Logger, run func(context.Context, engine.Conn) error) error {
-	ctx, cancel := context.WithCancel(context.Background())
+// serve runs the streams of a process over c until they end, the client has gone or ctx ends.
+func (c *conn) serve(ctx context.Context, log *slog.Logger, run func(context.Context, engine.Conn) error) error {
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stop := onHangup(c.Conn, log, cancel)
 	defer stop()

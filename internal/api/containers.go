@@ -198,8 +198,7 @@ func (a containerAPI) stop(w http.ResponseWriter, r *request) error {
 	if err != nil {
 		return err
 	}
-	// A client that gives up waiting hasn't taken back the order: what began is finished.
-	return noContent(w, a.engine.ContainerStop(context.WithoutCancel(r.Context()), r.name, opts))
+	return noContent(w, a.engine.ContainerStop(r.orders(), r.name, opts))
 }
 
 func (a containerAPI) restart(w http.ResponseWriter, r *request) error {
@@ -207,27 +206,27 @@ func (a containerAPI) restart(w http.ResponseWriter, r *request) error {
 	if err != nil {
 		return err
 	}
-	return noContent(w, a.engine.ContainerRestart(context.WithoutCancel(r.Context()), r.name, opts))
+	return noContent(w, a.engine.ContainerRestart(r.orders(), r.name, opts))
 }
 
 func (a containerAPI) kill(w http.ResponseWriter, r *request) error {
-	return noContent(w, a.engine.ContainerKill(r.Context(), r.name, r.query.Get("signal")))
+	return noContent(w, a.engine.ContainerKill(r.orders(), r.name, r.query.Get("signal")))
 }
 
 func (a containerAPI) pause(w http.ResponseWriter, r *request) error {
-	return noContent(w, a.engine.ContainerPause(r.Context(), r.name))
+	return noContent(w, a.engine.ContainerPause(r.orders(), r.name))
 }
 
 func (a containerAPI) unpause(w http.ResponseWriter, r *request) error {
-	return noContent(w, a.engine.ContainerUnpause(r.Context(), r.name))
+	return noContent(w, a.engine.ContainerUnpause(r.orders(), r.name))
 }
 
 func (a containerAPI) rename(w http.ResponseWriter, r *request) error {
-	return noContent(w, a.engine.ContainerRename(r.Context(), r.name, r.query.Get("name")))
+	return noContent(w, a.engine.ContainerRename(r.orders(), r.name, r.query.Get("name")))
 }
 
 func (a containerAPI) remove(w http.ResponseWriter, r *request) error {
-	return noContent(w, a.engine.ContainerRemove(context.WithoutCancel(r.Context()), r.name, engine.RemoveOptions{
+	return noContent(w, a.engine.ContainerRemove(r.orders(), r.name, engine.RemoveOptions{
 		Force: r.bool("force"), Volumes: r.bool("v"), Link: r.bool("link"),
 	}))
 }
@@ -272,7 +271,7 @@ func (a containerAPI) update(w http.ResponseWriter, r *request) error {
 		// Every number below one has always meant "unlimited".
 		update.PidsLimit = new(int64)
 	}
-	resp, err := a.engine.ContainerUpdate(r.Context(), r.name, update)
+	resp, err := a.engine.ContainerUpdate(r.orders(), r.name, update)
 	if err != nil {
 		return err
 	}

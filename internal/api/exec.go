@@ -3,7 +3,6 @@ package api
 import (
 	"context"
 	"fmt"
-	"log/slog"
 	"net/http"
 
 	"dolium/internal/engine"
@@ -21,7 +20,7 @@ type execEngine interface {
 
 type execAPI struct {
 	engine execEngine
-	log    *slog.Logger
+	conns  *connections
 }
 
 func (a execAPI) routes() []route {
@@ -63,16 +62,22 @@ func (a execAPI) start(w http.ResponseWriter, r *request) error {
 	if !r.version.before(42) && req.Tty {
 		opts.ConsoleSize = req.ConsoleSize
 	}
-	att, err := a.engine.ExecStart(r.Context(), r.name, opts)
-	if err != nil || req.Detach {
+	if req.Detach {
+		_, err := a.engine.ExecStart(r.orders(), r.name, opts)
+		return err
+	}
+	ctx, leave := a.conns.enter()
+	defer leave()
+	att, err := a.engine.ExecStart(ctx, r.name, opts)
+	if err != nil {
 		return err
 	}
 	c, err := takeOver(w, r, att.TTY)
 	if err != nil {
 		return err
 	}
-	defer c.hangUp()
-	if err := c.serve(a.log, att.Serve); err != nil {
+	defer c.hangUp(ctx)
+	if err := c.serve(ctx, a.conns.log, att.Serve); err != nil {
 		// The process could not be started; the status was sent before that was tried, so the terminal has to tell.
 		_, _ = fmt.Fprintf(c.output(att.TTY), "%v\r\n", err)
 	}

@@ -181,7 +181,7 @@ func (a imageAPI) tag(w http.ResponseWriter, r *request) error {
 	if reference.FamiliarName(ref) == string(digest.Canonical) {
 		return badRequest("refusing to create an ambiguous tag using digest algorithm as name")
 	}
-	if err := a.images.Tag(r.Context(), r.name, reference.FamiliarString(ref)); err != nil {
+	if err := a.images.Tag(r.orders(), r.name, reference.FamiliarString(ref)); err != nil {
 		return err
 	}
 	w.WriteHeader(http.StatusCreated)
@@ -217,7 +217,7 @@ func (a imageAPI) remove(w http.ResponseWriter, r *request) error {
 	if !r.version.before(50) && len(r.query["platforms"]) > 0 {
 		return fault.New(errdefs.ErrNotImplemented, "removing single platforms of an image is not supported by Dolium yet")
 	}
-	removed, err := a.images.Remove(r.Context(), r.name, image.RemoveOptions{Force: r.bool("force"), NoPrune: r.bool("noprune")})
+	removed, err := a.images.Remove(r.orders(), r.name, image.RemoveOptions{Force: r.bool("force"), NoPrune: r.bool("noprune")})
 	if err != nil {
 		return err
 	}

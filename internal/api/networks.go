@@ -93,7 +93,7 @@ func (a networkAPI) create(w http.ResponseWriter, r *request) error {
 	if r.version.before(48) {
 		req.EnableIPv4 = nil
 	}
-	resp, err := a.engine.NetworkCreate(r.Context(), req)
+	resp, err := a.engine.NetworkCreate(r.orders(), req)
 	if err != nil {
 		return err
 	}
@@ -113,7 +113,7 @@ func (a networkAPI) connect(_ http.ResponseWriter, r *request) error {
 			ep.GwPriority = 0
 		}
 	}
-	return a.engine.NetworkConnect(r.Context(), r.name, req.Container, req.EndpointConfig)
+	return a.engine.NetworkConnect(r.orders(), r.name, req.Container, req.EndpointConfig)
 }
 
 func (a networkAPI) disconnect(_ http.ResponseWriter, r *request) error {
@@ -121,11 +121,11 @@ func (a networkAPI) disconnect(_ http.ResponseWriter, r *request) error {
 	if err := r.json(&req); err != nil {
 		return err
 	}
-	return a.engine.NetworkDisconnect(r.Context(), r.name, req.Container, req.Force)
+	return a.engine.NetworkDisconnect(r.orders(), r.name, req.Container, req.Force)
 }
 
 func (a networkAPI) remove(w http.ResponseWriter, r *request) error {
-	return noContent(w, a.engine.NetworkRemove(r.Context(), r.name))
+	return noContent(w, a.engine.NetworkRemove(r.orders(), r.name))
 }
 
 func (a networkAPI) prune(w http.ResponseWriter, r *request) error {

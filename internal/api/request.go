@@ -1,6 +1,7 @@
 package api
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
@@ -39,6 +40,10 @@ func newRequest(r *http.Request, asked, name string) (*request, error) {
 	}
 	return &request{r, version, query, name}, nil
 }
+
+// orders is the context of short changes: a client that goes away hasn't taken back what it ordered, and what began is
+// finished. Work that lasts and can be taken back has r.Context().
+func (r *request) orders() context.Context { return context.WithoutCancel(r.Context()) }
 
 // bool reads a parameter as Docker does: everything but these words is true.
 func (r *request) bool(key string) bool {

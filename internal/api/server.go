@@ -32,6 +32,7 @@ type Config struct {
 type Server struct {
 	cfg    Config
 	routes routeTable
+	conns  *connections
 }
 
 // handler answers one request. A returned error becomes the answer when nothing was sent yet; later it cuts the
@@ -40,19 +41,25 @@ type handler func(w http.ResponseWriter, r *request) error
 
 // New returns a server that answers from e.
 func New(cfg Config, e *engine.Engine) *Server {
-	return newServer(cfg,
+	conns := newConnections(cfg.Log)
+	s := newServer(cfg,
 		notYetRoutes(),
 		systemAPI{engine: e}.routes(),
 		containerAPI{engine: e}.routes(),
-		streamAPI{engine: e, log: cfg.Log}.routes(),
+		streamAPI{engine: e, conns: conns}.routes(),
 		archiveAPI{engine: e}.routes(),
-		execAPI{engine: e, log: cfg.Log}.routes(),
+		execAPI{engine: e, conns: conns}.routes(),
 		imageAPI{images: e.Images()}.routes(),
 		transferAPI{images: e.Images()}.routes(),
 		networkAPI{engine: e}.routes(),
 		volumeAPI{volumes: e.Volumes()}.routes(),
 	)
+	s.conns = conns
+	return s
 }
+
+// Close ends the streams of attached clients, which net/http's Shutdown neither ends nor waits for.
+func (s *Server) Close() { s.conns.close() }
 
 func newServer(cfg Config, groups ...[]route) *Server {
 	s := &Server{cfg: cfg, routes: routeTable{}}

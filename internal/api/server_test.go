@@ -14,8 +14,8 @@ import (
 func newTestServer(t *testing.T, log slog.Handler, groups ...[]route) *Server {
 	t.Helper()
 	l := slog.New(log)
-	groups = append(groups, notYetRoutes(), systemAPI{}.routes(), containerAPI{}.routes(), streamAPI{log: l}.routes(), archiveAPI{}.routes(),
-		execAPI{log: l}.routes(), imageAPI{}.routes(), transferAPI{}.routes(), networkAPI{}.routes(), volumeAPI{}.routes())
+	groups = append(groups, notYetRoutes(), systemAPI{}.routes(), containerAPI{}.routes(), streamAPI{conns: newConnections(l)}.routes(), archiveAPI{}.routes(),
+		execAPI{conns: newConnections(l)}.routes(), imageAPI{}.routes(), transferAPI{}.routes(), networkAPI{}.routes(), volumeAPI{}.routes())
 	return newServer(Config{Version: "test", Log: l}, groups...)
 }
 

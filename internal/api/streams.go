@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
-	"log/slog"
 	"net/http"
 	"strconv"
 
@@ -27,7 +26,7 @@ type streamEngine interface {
 
 type streamAPI struct {
 	engine streamEngine
-	log    *slog.Logger
+	conns  *connections
 }
 
 func (a streamAPI) routes() []route {
@@ -48,7 +47,9 @@ func attachOptions(r *request) engine.AttachOptions {
 }
 
 func (a streamAPI) attach(w http.ResponseWriter, r *request) error {
-	att, err := a.engine.ContainerAttach(r.Context(), r.name, attachOptions(r))
+	ctx, leave := a.conns.enter()
+	defer leave()
+	att, err := a.engine.ContainerAttach(ctx, r.name, attachOptions(r))
 	if err != nil {
 		return err
 	}
@@ -56,8 +57,8 @@ func (a streamAPI) attach(w http.ResponseWriter, r *request) error {
 	if err != nil {
 		return err
 	}
-	defer c.hangUp()
-	return c.serve(a.log, att.Serve)
+	defer c.hangUp(ctx)
+	return c.serve(ctx, a.conns.log, att.Serve)
 }
 
 func (a streamAPI) websocket(w http.ResponseWriter, r *request) error {
@@ -65,7 +66,9 @@ func (a streamAPI) websocket(w http.ResponseWriter, r *request) error {
 	if r.version.before(42) {
 		opts.Stdin, opts.Stdout, opts.Stderr = true, true, true
 	}
-	att, err := a.engine.ContainerAttach(r.Context(), r.name, opts)
+	ctx, leave := a.conns.enter()
+	defer leave()
+	att, err := a.engine.ContainerAttach(ctx, r.name, opts)
 	if err != nil {
 		return err
 	}
@@ -79,7 +82,7 @@ func (a streamAPI) websocket(w http.ResponseWriter, r *request) error {
 			// Streams are told apart by nothing on a websocket: what is sent is output, without frames.
 			c.out = &unframed{w: ws}
 		}
-		failed = att.Serve(context.WithoutCancel(r.Context()), c)
+		failed = att.Serve(ctx, c)
 	}}.ServeHTTP(w, r.Request)
 	return failed
 }

@@ -106,7 +106,7 @@ func exchange(t *testing.T, path, request string) (net.Conn, *bufio.Reader, *htt
 
 func TestAttachTakesTheConnectionOver(t *testing.T) {
 	e := &echoEngine{left: make(chan struct{})}
-	path := serveUnix(t, newTestServer(t, slog.DiscardHandler, streamAPI{e, slog.New(slog.DiscardHandler)}.routes()))
+	path := serveUnix(t, newTestServer(t, slog.DiscardHandler, streamAPI{e, newConnections(slog.New(slog.DiscardHandler))}.routes()))
 	const upgrade = "Upgrade: tcp\r\nConnection: Upgrade\r\n"
 	for _, c := range []struct {
 		name, target, headers string
@@ -137,7 +137,7 @@ func TestAttachTakesTheConnectionOver(t *testing.T) {
 
 func TestAClientThatLeavesIsNoticedThoughItEndedItsInputLongBefore(t *testing.T) {
 	e := &echoEngine{left: make(chan struct{})}
-	path := serveUnix(t, newTestServer(t, slog.DiscardHandler, streamAPI{e, slog.New(slog.DiscardHandler)}.routes()))
+	path := serveUnix(t, newTestServer(t, slog.DiscardHandler, streamAPI{e, newConnections(slog.New(slog.DiscardHandler))}.routes()))
 	conn, _, _ := exchange(t, path, "POST /containers/c/attach HTTP/1.1\r\nHost: d\r\nContent-Length: 0\r\n\r\nhold")
 	_ = conn.(*net.UnixConn).CloseWrite()
 	select {
@@ -154,7 +154,7 @@ func TestAClientThatLeavesIsNoticedThoughItEndedItsInputLongBefore(t *testing.T)
 }
 
 func TestWebsocketAttachCarriesOutputWithoutFrames(t *testing.T) {
-	s := httptest.NewServer(newTestServer(t, slog.DiscardHandler, streamAPI{framedEngine{}, slog.New(slog.DiscardHandler)}.routes()))
+	s := httptest.NewServer(newTestServer(t, slog.DiscardHandler, streamAPI{framedEngine{}, newConnections(slog.New(slog.DiscardHandler))}.routes()))
 	defer s.Close()
 	ws, err := websocket.Dial("ws"+strings.TrimPrefix(s.URL, "http")+"/v1.44/containers/c/attach/ws?stdout=1&stream=1", "", s.URL)
 	if err != nil {
@@ -186,7 +186,7 @@ func (framedEngine) ContainerAttach(context.Context, string, engine.AttachOption
 
 func TestWaitSendsItsHeadersAsSoonAsNoExitIsMissed(t *testing.T) {
 	e := &echoEngine{ended: make(chan container.WaitResponse)}
-	path := serveUnix(t, newTestServer(t, slog.DiscardHandler, streamAPI{e, slog.New(slog.DiscardHandler)}.routes()))
+	path := serveUnix(t, newTestServer(t, slog.DiscardHandler, streamAPI{e, newConnections(slog.New(slog.DiscardHandler))}.routes()))
 	_, _, resp := exchange(t, path, "POST /v1.44/containers/c/wait?condition=next-exit HTTP/1.1\r\nHost: d\r\nContent-Length: 0\r\n\r\n")
 	e.ended <- container.WaitResponse{StatusCode: 7}
 	var got container.WaitResponse
@@ -196,7 +196,7 @@ func TestWaitSendsItsHeadersAsSoonAsNoExitIsMissed(t *testing.T) {
 }
 
 func TestAnAnswerThatBreaksOffDoesntLookWhole(t *testing.T) {
-	path := serveUnix(t, newTestServer(t, slog.DiscardHandler, streamAPI{&echoEngine{}, slog.New(slog.DiscardHandler)}.routes()))
+	path := serveUnix(t, newTestServer(t, slog.DiscardHandler, streamAPI{&echoEngine{}, newConnections(slog.New(slog.DiscardHandler))}.routes()))
 	_, _, resp := exchange(t, path, "GET /containers/c/logs?stdout=1 HTTP/1.1\r\nHost: d\r\n\r\n")
 	if n, err := io.Copy(io.Discard, resp.Body); !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("%d bytes, %v", n, err)

@@ -65,7 +65,7 @@ func (a volumeAPI) create(w http.ResponseWriter, r *request) error {
 	if req.ClusterVolumeSpec != nil && !r.version.before(42) {
 		return fault.New(errdefs.ErrNotImplemented, "cluster volumes are not supported by Dolium yet")
 	}
-	v, err := a.volumes.Create(r.Context(), req)
+	v, err := a.volumes.Create(r.orders(), req)
 	if err != nil {
 		return err
 	}
@@ -73,7 +73,7 @@ func (a volumeAPI) create(w http.ResponseWriter, r *request) error {
 }
 
 func (a volumeAPI) remove(w http.ResponseWriter, r *request) error {
-	return noContent(w, a.volumes.Remove(r.Context(), r.name, r.bool("force")))
+	return noContent(w, a.volumes.Remove(r.orders(), r.name, r.bool("force")))
 }
 
 func (a volumeAPI) prune(w http.ResponseWriter, r *request) error {
