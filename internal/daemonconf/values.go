@@ -43,6 +43,22 @@ func (v value) String() string {
 func (v value) Set(s string) error { return v.set(s) }
 func (v value) Type() string       { return string(v.kind) }
 
+// shown is how entries look in help and messages.
+func shown[T any](entries []T) string {
+	if len(entries) == 0 {
+		return ""
+	}
+	return fmt.Sprint(entries)
+}
+
+func pairs(m map[string]string) []string {
+	var list []string
+	for _, k := range slices.Sorted(maps.Keys(m)) {
+		list = append(list, k+"="+m[k])
+	}
+	return list
+}
+
 func stringOf(p *string, check ...func(string) error) value {
 	return value{text, func() string { return *p }, func(s string) error {
 		for _, f := range check {
@@ -71,7 +87,7 @@ func intOf(p *int) value {
 
 // listOf collects; each entry passes through normalize, which may refuse it.
 func listOf(p *[]string, normalize ...func(string) (string, error)) value {
-	return value{list, func() string { return fmt.Sprint(*p) }, func(s string) error {
+	return value{list, func() string { return shown(*p) }, func(s string) error {
 		for _, f := range normalize {
 			var err error
 			if s, err = f(s); err != nil {
@@ -84,7 +100,7 @@ func listOf(p *[]string, normalize ...func(string) (string, error)) value {
 }
 
 func pairsOf(p map[string]string) value {
-	return value{object, func() string { return fmt.Sprint(p) }, func(s string) error {
+	return value{object, func() string { return shown(pairs(p)) }, func(s string) error {
 		k, v, ok := strings.Cut(s, "=")
 		if !ok || k == "" {
 			return fmt.Errorf("invalid value %q: must be formatted as key=value", s)
@@ -102,7 +118,13 @@ func bytesOf(p *int64) value {
 }
 
 func ulimitsOf(p map[string]*units.Ulimit) value {
-	return value{object, func() string { return fmt.Sprint(slices.Sorted(maps.Keys(p))) }, func(s string) error {
+	return value{object, func() string {
+		var limits []string
+		for _, name := range slices.Sorted(maps.Keys(p)) {
+			limits = append(limits, p[name].String())
+		}
+		return shown(limits)
+	}, func(s string) error {
 		u, err := units.ParseUlimit(s)
 		if err != nil {
 			return err
@@ -113,7 +135,7 @@ func ulimitsOf(p map[string]*units.Ulimit) value {
 }
 
 func runtimesOf(p map[string]system.Runtime) value {
-	return value{object, func() string { return fmt.Sprint(slices.Sorted(maps.Keys(p))) }, func(s string) error {
+	return value{object, func() string { return shown(slices.Sorted(maps.Keys(p))) }, func(s string) error {
 		name, path, ok := strings.Cut(s, "=")
 		name, path = strings.ToLower(strings.TrimSpace(name)), strings.TrimSpace(path)
 		if !ok || name == "" || path == "" {
@@ -135,7 +157,7 @@ func addRuntime(p map[string]system.Runtime, name string, rt system.Runtime) err
 }
 
 func poolsOf(p *[]Pool) value {
-	return value{list, func() string { return fmt.Sprint(*p) }, func(s string) error {
+	return value{list, func() string { return shown(*p) }, func(s string) error {
 		parts, err := csv.NewReader(strings.NewReader(s)).Read()
 		if err != nil {
 			return err
@@ -172,7 +194,7 @@ func addPool(p *[]Pool, pool Pool) error {
 
 // featuresOf takes "name" and "name=bool".
 func featuresOf(p map[string]string) value {
-	return value{object, func() string { return fmt.Sprint(p) }, func(s string) error {
+	return value{object, func() string { return shown(pairs(p)) }, func(s string) error {
 		name, v, ok := strings.Cut(s, "=")
 		on, err := true, error(nil)
 		if ok {
