@@ -6,11 +6,9 @@ import (
 	"strings"
 	"time"
 
-	"dolium/internal/fault"
 	"dolium/internal/filters"
 	"dolium/internal/image"
 
-	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
 	imagetypes "github.com/moby/moby/api/types/image"
 	"github.com/opencontainers/go-digest"
@@ -214,10 +212,14 @@ func (a imageAPI) remove(w http.ResponseWriter, r *request) error {
 	if strings.TrimSpace(r.name) == "" {
 		return badRequest("image name cannot be blank")
 	}
-	if !r.version.before(50) && len(r.query["platforms"]) > 0 {
-		return fault.New(errdefs.ErrNotImplemented, "removing single platforms of an image is not supported by Dolium yet")
+	opts := image.RemoveOptions{Force: r.bool("force"), NoPrune: r.bool("noprune")}
+	var err error
+	if !r.version.before(50) {
+		if opts.Platforms, err = r.jsonPlatforms("platforms"); err != nil {
+			return err
+		}
 	}
-	removed, err := a.images.Remove(r.orders(), r.name, image.RemoveOptions{Force: r.bool("force"), NoPrune: r.bool("noprune")})
+	removed, err := a.images.Remove(r.orders(), r.name, opts)
 	if err != nil {
 		return err
 	}

@@ -17,7 +17,6 @@ var notYet = []struct{ method, path, area string }{
 	{"POST", "/session", "building images"},
 
 	// What is attached to images beside their layers.
-	{"GET", "/images/search", "searching registries"},
 	{"GET", "/images/{name}/attestations", "image attestations"},
 	{"GET", "/distribution/{name}/json", "inspecting images in registries"},
 

@@ -26,6 +26,7 @@ type transferStore interface {
 	Load(ctx context.Context, r io.Reader, opts image.LoadOptions) error
 	Save(ctx context.Context, refs []string, platforms []ocispec.Platform, w io.Writer) error
 	Import(ctx context.Context, src io.Reader, opts image.ImportOptions) (*image.Image, error)
+	Search(ctx context.Context, term string, opts image.SearchOptions) ([]registry.SearchResult, error)
 	Login(ctx context.Context, auth registry.AuthConfig) (status, token string, err error)
 }
 
@@ -38,6 +39,7 @@ func (a transferAPI) routes() []route {
 		{"POST", "/images/load", a.load},
 		{"GET", "/images/get", a.save},
 		{"GET", "/images/{name}/get", a.save},
+		{"GET", "/images/search", a.search},
 		{"POST", "/auth", a.login},
 	}
 }
@@ -186,6 +188,22 @@ func (a transferAPI) save(w http.ResponseWriter, r *request) error {
 	}
 	w.Header().Set("Content-Type", "application/x-tar")
 	return a.images.Save(r.Context(), names, platforms, w)
+}
+
+func (a transferAPI) search(w http.ResponseWriter, r *request) error {
+	limit, _, err := r.int("limit")
+	if err != nil || limit < 0 {
+		return badRequest("invalid limit specified: %q", r.query.Get("limit"))
+	}
+	args, err := r.filters()
+	if err != nil {
+		return err
+	}
+	found, err := a.images.Search(r.Context(), r.query.Get("term"), image.SearchOptions{Limit: limit, Filters: args, Auth: r.auth(), Headers: r.metaHeaders()})
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, http.StatusOK, found)
 }
 
 func (a transferAPI) login(w http.ResponseWriter, r *request) error {

@@ -14,7 +14,7 @@ import (
 func load(t *testing.T, program, file string, args ...string) (*Config, error) {
 	t.Helper()
 	t.Setenv("DOCKER_TLS_VERIFY", "")
-	t.Setenv("DOCKER_CERT_PATH", t.TempDir())
+	t.Setenv("DOCKER_CERT_PATH", "/nowhere")
 	if file != "" {
 		path := filepath.Join(t.TempDir(), "daemon.json")
 		if err := os.WriteFile(path, []byte(file), 0o600); err != nil {
