@@ -102,7 +102,7 @@ func listenUnix(path, group string, log *slog.Logger) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := os.Chown(path, 0, gid); err == nil {
+	if err = os.Chown(path, 0, gid); err == nil {
 		err = os.Chmod(path, 0o660)
 	}
 	if err != nil {

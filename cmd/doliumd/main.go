@@ -53,12 +53,17 @@ func configure(args []string, out io.Writer) (*daemonconf.Config, error) {
 		fmt.Fprintf(out, "Usage:\t%s [OPTIONS]\n\nContainers and virtual machines, side by side, behind the Docker Engine API.\n\nOptions:\n%s", cfg.Program, flags.FlagUsages())
 		return nil, nil
 	case err != nil:
-		return nil, fmt.Errorf("%w\nSee '%s --help'.", err, cfg.Program)
+		return nil, usageError{err.Error(), cfg.Program}
 	case *version:
 		fmt.Fprintf(out, "Dolium version %s, build %s\n", daemonconf.Version, daemonconf.Commit)
 		return nil, nil
 	case flags.NArg() > 0:
-		return nil, fmt.Errorf("%q accepts no arguments.\nSee '%s --help'.", cfg.Program, cfg.Program)
+		return nil, usageError{fmt.Sprintf("%q accepts no arguments.", cfg.Program), cfg.Program}
 	}
 	return cfg, loader.Load()
 }
+
+// usageError is a mistake on the command line, told as dockerd tells it.
+type usageError struct{ what, program string }
+
+func (e usageError) Error() string { return fmt.Sprintf("%s\nSee '%s --help'.", e.what, e.program) }

@@ -63,7 +63,7 @@ func lockRoot(root string) (*os.File, error) {
 		}
 		return nil, fmt.Errorf("another daemon (process %s) uses %s: stop it, or choose other roots with --data-root and --exec-root", strings.TrimSpace(string(holder[:n])), root)
 	}
-	if err := f.Truncate(0); err == nil {
+	if err = f.Truncate(0); err == nil {
 		_, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
 	}
 	if err != nil {

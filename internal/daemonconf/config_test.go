@@ -44,6 +44,7 @@ func TestBadConfigurationIsRefusedInDockerdsWords(t *testing.T) {
 		{"unknown key", `{"nonsense": 1, "debug": true}`, nil, "the following directives don't match any configuration option: nonsense"},
 		{"both places", `{"log-level": "warn"}`, []string{"--log-level=debug"}, "the following directives are specified both as a flag and in the configuration file: log-level: (from flag: debug, from file: warn)"},
 		{"both places, list", `{"labels": ["a=1"]}`, []string{"--label", "b=2"}, "labels: (from flag: [b=2], from file: [a=1])"},
+		{"both places, map", `{"default-ulimits": {}}`, []string{"--default-ulimit", "core=0"}, "default-ulimits: (from flag: [core=0:0], from file: map[])"},
 		{"both places, secret", `{"proxies": {"http-proxy": "http://u:p@a"}}`, []string{"--http-proxy", "http://x:y@b"}, "http-proxy: (from flag: http://xxxxx:xxxxx@b, from file: http://xxxxx:xxxxx@a)"},
 		{"not JSON", `{"debug": tru}`, nil, "unable to configure the Docker daemon with file"},
 		{"wrong type", `{"debug": "yes"}`, nil, "debug: json: cannot unmarshal string"},
@@ -89,17 +90,6 @@ func TestBadConfigurationIsRefusedInDockerdsWords(t *testing.T) {
 
 func TestFileAndFlagsMakeOneConfiguration(t *testing.T) {
 	c, err := load(t, "doliumd", `{
-		"debug": true, "live-restore": false, "labels": ["a=1", "a=1"], "log-opts": {"max-size": "10m", "max-file": "3"},
-		"default-ulimits": {"nofile": {"Name": "nofile", "Hard": 2000, "Soft": 1000}},
-		"default-address-pools": [{"base": "10.10.0.0/16", "size": 24}],
-		"runtimes": {"crun": {"path": "/usr/bin/crun", "runtimeArgs": ["--debug"]}},
-		"proxies": {"https-proxy": "http://p:3128"}, "default-shm-size": "128m", "mtu": 1400,
-		"registry-mirrors": ["https://m.local"], "authorization-plugins": [], "iptables": true, "userland-proxy": false
-	}`, "--add-runtime", "youki=/bin/youki", "-H", "tcp://127.0.0.1", "-H", "unix://", "--default-ulimit", "core=0", "--data-root", "/d")
-	if err == nil {
-		t.Fatal("default-ulimits in both places was accepted")
-	}
-	c, err = load(t, "doliumd", `{
 		"debug": true, "live-restore": false, "labels": ["a=1", "a=1"], "log-opts": {"max-size": "10m", "max-file": "3"},
 		"default-ulimits": {"nofile": {"Name": "nofile", "Hard": 2000, "Soft": 1000}},
 		"default-address-pools": [{"base": "10.10.0.0/16", "size": 24}],

@@ -31,7 +31,7 @@ func (c *Config) finish() error {
 		return fmt.Errorf(`IPC mode %q is not supported as default value; use "shareable" or "private"`, c.IPC)
 	}
 	if c.BIP != "" && c.Bridge != "" {
-		return errors.New("You specified -b & --bip, mutually exclusive options. Please specify only one")
+		return errors.New("you specified -b & --bip, mutually exclusive options. Please specify only one")
 	}
 	for _, step := range []func() error{c.finishLabels, c.finishHosts, c.finishExecOpts, c.finishRuntimes, c.finishFeatures, c.finishSeccomp} {
 		if err := step(); err != nil {
