@@ -67,6 +67,20 @@ func tlsConfig(cfg *daemonconf.Config) (*tls.Config, error) {
 	if !cfg.TLS {
 		return nil, nil
 	}
+	for _, f := range []struct {
+		flag, path string
+		needed     bool
+	}{{"--tlscacert", cfg.TLSCACert, cfg.TLSVerify}, {"--tlscert", cfg.TLSCert, true}, {"--tlskey", cfg.TLSKey, true}} {
+		if !f.needed {
+			continue
+		}
+		if f.path == "" {
+			return nil, fmt.Errorf("invalid TLS configuration: %s is needed", f.flag)
+		}
+		if _, err := os.Stat(f.path); err != nil {
+			return nil, fmt.Errorf("invalid TLS configuration: %s: %w", f.flag, err)
+		}
+	}
 	opts := tlsconfig.Options{CAFile: cfg.TLSCACert, CertFile: cfg.TLSCert, KeyFile: cfg.TLSKey, ExclusiveRootPools: true}
 	if cfg.TLSVerify {
 		opts.ClientAuth = tls.RequireAndVerifyClientCert

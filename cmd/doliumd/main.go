@@ -55,7 +55,11 @@ func configure(args []string, out io.Writer) (*daemonconf.Config, error) {
 	case err != nil:
 		return nil, usageError{err.Error(), cfg.Program}
 	case *version:
-		fmt.Fprintf(out, "Dolium version %s, build %s\n", daemonconf.Version, daemonconf.Commit)
+		name := "Dolium"
+		if cfg.Program == "dockerd" {
+			name = "Docker" // what scripts cut the version off after
+		}
+		fmt.Fprintf(out, "%s version %s, build %s\n", name, daemonconf.Version, daemonconf.Commit)
 		return nil, nil
 	case flags.NArg() > 0:
 		return nil, usageError{fmt.Sprintf("%q accepts no arguments.", cfg.Program), cfg.Program}
