@@ -52,11 +52,19 @@ func digestFile(path string) (digest.Digest, error) {
 // putBlob stores bytes in the cache.
 func (b *Builder) putBlob(mediaType string, raw []byte) (ocispec.Descriptor, error) {
 	d := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(raw), Size: int64(len(raw))}
-	path := blobPath(b.Cache, d.Digest)
-	if err := os.WriteFile(path+".tmp", raw, 0o644); err != nil {
+	tmp, err := os.CreateTemp(filepath.Join(b.Cache, "tmp"), "blob-")
+	if err != nil {
 		return d, err
 	}
-	return d, os.Rename(path+".tmp", path)
+	defer os.Remove(tmp.Name())
+	defer tmp.Close()
+	if _, err := tmp.Write(raw); err != nil {
+		return d, err
+	}
+	if err := tmp.Chmod(0o644); err != nil {
+		return d, err
+	}
+	return d, os.Rename(tmp.Name(), blobPath(b.Cache, d.Digest))
 }
 
 // putLayer stores what write writes as a compressed layer.

@@ -11,6 +11,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -23,6 +24,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/singleflight"
 	"golang.org/x/sys/unix"
 )
 
@@ -36,12 +38,13 @@ var epoch = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 type Builder struct {
 	// Cache is the directory of the cache.
 	Cache string
-	// Module is the directory of this module, whose programs become images.
+	// Module is the root directory of this module, whose programs become images.
 	Module string
 	Log    *slog.Logger
 
-	mu   sync.Mutex
-	done map[string]*Image // guarded by mu
+	making singleflight.Group // one making of an image at a time, by name
+	mu     sync.Mutex
+	done   map[string]*Image // guarded by mu
 }
 
 // Image is an image in the cache.
@@ -74,7 +77,26 @@ func New(cache, module string, log *slog.Logger) (*Builder, error) {
 			return nil, err
 		}
 	}
-	return &Builder{Cache: cache, Module: module, Log: log, done: map[string]*Image{}}, nil
+	root, err := moduleRoot(module)
+	if err != nil {
+		return nil, err
+	}
+	return &Builder{Cache: cache, Module: root, Log: log, done: map[string]*Image{}}, nil
+}
+
+func moduleRoot(dir string) (string, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return "", err
+	}
+	for root := dir; ; root = filepath.Dir(root) {
+		if _, err := os.Stat(filepath.Join(root, "go.mod")); err == nil {
+			return root, nil
+		}
+		if root == filepath.Dir(root) {
+			return "", fmt.Errorf("%s isn't inside a Go module", dir)
+		}
+	}
 }
 
 // Build makes the named images, all when no names are given.
@@ -129,7 +151,7 @@ func onDebian(name string) bool {
 	return false
 }
 
-// lock keeps other processes out of the cache.
+// lock keeps other processes out of the cache and removes what one that was killed left half done.
 func (b *Builder) lock() (func(), error) {
 	f, err := os.OpenFile(filepath.Join(b.Cache, "lock"), os.O_CREATE|os.O_RDWR, 0o644)
 	if err != nil {
@@ -139,11 +161,27 @@ func (b *Builder) lock() (func(), error) {
 		f.Close()
 		return nil, err
 	}
+	left, err := filepath.Glob(filepath.Join(b.Cache, "tmp", "*"))
+	for _, name := range left {
+		err = errors.Join(err, os.RemoveAll(name))
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
 	return func() { f.Close() }, nil
 }
 
 // image returns an image from the cache, making it when its recipe or what it is made from changed.
 func (b *Builder) image(ctx context.Context, name string) (*Image, error) {
+	img, err, _ := b.making.Do(name, func() (any, error) { return b.make(ctx, name) })
+	if err != nil {
+		return nil, err
+	}
+	return img.(*Image), nil
+}
+
+func (b *Builder) make(ctx context.Context, name string) (*Image, error) {
 	b.mu.Lock()
 	made := b.done[name]
 	b.mu.Unlock()

@@ -15,8 +15,8 @@ mmdebstrap --quiet --mode=root --variant=minbase --format=directory \
 # The lists serve the images that are made on top of this one.
 mkdir "$lists"
 find "$root/var/lib/apt/lists" -mindepth 1 -maxdepth 1 -type f ! -name lock -exec mv {} "$lists" \;
-rm -rf "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/* "$root"/var/log/* "$root"/var/cache/debconf/*-old "$root"/var/lib/dpkg/*-old \
-	"$root"/var/cache/ldconfig/aux-cache "$root"/dev/* "$root"/etc/machine-id "$root"/etc/hostname "$root"/var/lib/systemd
+rm -rf "${root:?}"/var/lib/apt/lists/* "$root"/var/cache/apt/* "$root"/var/log/* "$root"/var/cache/debconf/*-old "$root"/var/lib/dpkg/*-old \
+	"$root"/var/cache/ldconfig/aux-cache "${root:?}"/dev/* "$root"/etc/machine-id "$root"/etc/hostname "$root"/var/lib/systemd
 : >"$root/etc/resolv.conf"
 chmod 644 "$root/etc/resolv.conf"
 # Packages that are installed later must not start services, and leave no archives behind.
