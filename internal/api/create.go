@@ -26,6 +26,9 @@ func (a containerAPI) create(w http.ResponseWriter, r *request) error {
 	if err := r.json(&body); err != nil {
 		return err
 	}
+	if r.ContentLength == 0 {
+		return badRequest("invalid JSON: got EOF while reading request body")
+	}
 	if body.Config == nil {
 		return badRequest("config cannot be empty in order to create a container")
 	}

@@ -75,7 +75,7 @@ func TestMalformedRequestsAreRefusedInDockersWords(t *testing.T) {
 		{"POST", "/containers/create", `{"Image":`, "invalid JSON: unexpected EOF"},
 		{"POST", "/containers/create", `{"Image":"a"} {"Image":"b"}`, "unexpected content after JSON"},
 		{"POST", "/containers/create", `{}`, "config cannot be empty in order to create a container"},
-		{"POST", "/containers/create", ``, "config cannot be empty in order to create a container"},
+		{"POST", "/containers/create", ``, "invalid JSON: got EOF while reading request body"},
 		{"GET", "/containers/json?filters=nonsense", "", "invalid filter"},
 		{"GET", "/containers/json?limit=x", "", "invalid value for limit"},
 		{"GET", "/containers/a/logs", "", "Bad parameters: you must choose at least one stream"},
