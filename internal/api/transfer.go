@@ -2,6 +2,7 @@ package api
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -79,9 +80,18 @@ func (a transferAPI) pull(w http.ResponseWriter, r *request, platform *ocispec.P
 		return fault.New(errdefs.ErrPermissionDenied, "'scratch' is a reserved name")
 	}
 	p := newProgress(w)
-	return p.end(a.images.Pull(r.Context(), reference.FamiliarString(ref), image.PullOptions{
+	return p.end(forClient(r, a.images.Pull(r.Context(), reference.FamiliarString(ref), image.PullOptions{
 		Platform: platform, All: reference.IsNameOnly(ref), Auth: r.auth(), Headers: r.metaHeaders(), Progress: p.send,
-	}))
+	})))
+}
+
+// forClient makes a missing login what it was in the client's version. Clients older than 1.52 take 401 for an invitation
+// to ask for one, in the middle of a script; daemons of their time said that there is no such image.
+func forClient(r *request, err error) error {
+	if r.version.before(52) && errors.Is(kindOf(err), errdefs.ErrUnauthenticated) {
+		return fault.New(errdefs.ErrNotFound, "%w", err)
+	}
+	return err
 }
 
 func (a transferAPI) importImage(w http.ResponseWriter, r *request, platform *ocispec.Platform) error {
@@ -156,9 +166,9 @@ func (a transferAPI) push(w http.ResponseWriter, r *request) error {
 		}
 	}
 	p := newProgress(w)
-	return p.end(a.images.Push(r.Context(), reference.FamiliarString(ref), image.PushOptions{
+	return p.end(forClient(r, a.images.Push(r.Context(), reference.FamiliarString(ref), image.PushOptions{
 		Platform: platform, All: reference.IsNameOnly(ref), Auth: r.auth(), Headers: r.metaHeaders(), Progress: p.send,
-	}))
+	})))
 }
 
 func (a transferAPI) load(w http.ResponseWriter, r *request) error {

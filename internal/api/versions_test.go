@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
@@ -11,8 +12,10 @@ import (
 	"testing"
 
 	"dolium/internal/engine"
+	"dolium/internal/fault"
 	"dolium/internal/image"
 
+	"github.com/containerd/errdefs"
 	dockerspec "github.com/moby/docker-image-spec/specs-go/v1"
 	"github.com/moby/moby/api/types/container"
 	imagetypes "github.com/moby/moby/api/types/image"
@@ -185,6 +188,23 @@ func TestCreateMeansWhatItMeantInTheClientsVersion(t *testing.T) {
 		resp := get(t, s, "POST", "/v"+c.version+"/containers/create", c.body)
 		if text := message(t, resp); resp.StatusCode != 400 || !strings.Contains(text, c.want) {
 			t.Errorf("%s: %d %s", c.want, resp.StatusCode, text)
+		}
+	}
+}
+
+// lockedStore has nothing for strangers.
+type lockedStore struct{ transferStore }
+
+func (lockedStore) Pull(context.Context, string, image.PullOptions) error {
+	return fmt.Errorf("pull: %w", fault.New(errdefs.ErrUnauthenticated, "who are you"))
+}
+
+func TestAMissingLoginDoesntMakeOldClientsAskForOne(t *testing.T) {
+	s := newTestServer(t, slog.DiscardHandler, transferAPI{lockedStore{}}.routes())
+	for version, want := range map[string]int{"1.51": 404, "1.52": 401} {
+		resp := get(t, s, "POST", "/v"+version+"/images/create?fromImage=a&tag=b", "")
+		if text := message(t, resp); resp.StatusCode != want || text != "pull: who are you" {
+			t.Errorf("%s: %d %s", version, resp.StatusCode, text)
 		}
 	}
 }
