@@ -145,7 +145,7 @@ func (s *Store) Export(ctx context.Context, id string, w io.Writer) error {
 
 // view is the merged root for reading, which release ends.
 func (s *Store) view(ctx context.Context, id string) (root string, release func(), _ error) {
-	lowers, err := s.lowers(ctx, id)
+	lowers, _, err := s.lowers(ctx, id)
 	if err != nil {
 		return "", nil, err
 	}

@@ -29,7 +29,7 @@ type differ struct {
 
 // changesOf tells emit what a layer changed, parents before what is in them, names of a directory in order.
 func (s *Store) changesOf(ctx context.Context, id string, emit func(layerChange) error) error {
-	lowers, err := s.lowers(ctx, id)
+	lowers, _, err := s.lowers(ctx, id)
 	if err != nil {
 		return err
 	}
@@ -227,7 +227,7 @@ func (s *Store) LayerDiff(ctx context.Context, id string) ([]container.Filesyste
 // LayerSize is how many bytes the files of a writable layer have, and those of its image and it together. Error:
 // ErrNotFound.
 func (s *Store) LayerSize(ctx context.Context, id string) (rw, rootfs int64, _ error) {
-	chain, err := s.layerChain(id)
+	r, err := s.readLayer(id)
 	if err != nil {
 		return 0, 0, s.noLayer(id, err)
 	}
@@ -259,7 +259,7 @@ func (s *Store) LayerSize(ctx context.Context, id string) (rw, rootfs int64, _ e
 		return 0, 0, err
 	}
 	rootfs = rw
-	for chain != noChain && chain != "" {
+	for chain := r.chain; chain != noChain && chain != ""; {
 		info, err := s.snap.Stat(s.context(ctx), chain)
 		if err != nil {
 			return 0, 0, err

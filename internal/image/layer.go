@@ -21,13 +21,12 @@ import (
 
 // A container's writable layer is a directory Root/layers/<id>:
 //
-//	chain   symbolic link "to" the ID of the image's chain of layers, "-" when the image has none
-//	image   symbolic link "to" the image's ID
+//	record  symbolic link "to" what the layer is, see layerRecord
 //	fs      what the container changed, the upper directory
 //	work    overlay's work directory
 //	merged  where it is mounted
 //
-// The record is two links because a link is never half-written, and is on disk with the next fsync of anything on the file
+// The record is a link because a link is never half-written, and is on disk with the next fsync of anything on the file
 // system, such as the write that makes the container exist: making a layer costs no fsync of its own.
 
 var layerID = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]*$`)
@@ -39,6 +38,33 @@ type LayerOptions struct {
 	// Volatile never syncs the layer to disk, for containers that are gone after a crash anyway (--rm): unmounting is
 	// then free of the file system's sync.
 	Volatile bool
+}
+
+// layerRecord is what a layer stands on: a chain of layers (noChain when the image has none), and the image that it is of.
+type layerRecord struct {
+	chain, image string
+	volatile     bool
+}
+
+func (r layerRecord) String() string {
+	text := r.chain + "," + r.image
+	if r.volatile {
+		text += ",volatile"
+	}
+	return text
+}
+
+// readLayer reads a layer's record. The error of a layer that doesn't exist, or is half-made, is fs.ErrNotExist.
+func (s *Store) readLayer(id string) (layerRecord, error) {
+	text, err := os.Readlink(filepath.Join(s.layerDir(id), "record"))
+	if err != nil {
+		return layerRecord{}, err
+	}
+	parts := strings.Split(text, ",")
+	if len(parts) < 2 {
+		return layerRecord{}, fmt.Errorf("layer %s has an invalid record %q", id, text)
+	}
+	return layerRecord{parts[0], parts[1], slices.Contains(parts[2:], "volatile")}, nil
 }
 
 func (s *Store) layerDir(id string) string { return filepath.Join(s.cfg.Root, "layers", id) }
@@ -72,15 +98,15 @@ func (t *chainTable) load(ctx context.Context) error {
 	}
 	used := map[string]bool{}
 	for _, id := range ids {
-		chain, err := t.s.layerChain(id)
+		r, err := t.s.readLayer(id)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // half-made; RemoveLayer takes it
 		}
 		if err != nil {
 			return err
 		}
-		t.of[id] = chain
-		used[chain] = true
+		t.of[id] = r.chain
+		used[r.chain] = true
 	}
 	all, err := t.s.leases.List(ctx)
 	if err != nil {
@@ -233,73 +259,49 @@ func (s *Store) CreateLayer(ctx context.Context, id string, img *Image, opts Lay
 	if err != nil {
 		return fmt.Errorf("layers of image %s: %w", shortID(img.ID.String()), err)
 	}
-	if err := os.Symlink(img.ID.String(), filepath.Join(dir, "image")); err != nil {
+	r := layerRecord{chain, img.ID.String(), opts.Volatile}
+	if err := os.Symlink(r.String(), filepath.Join(dir, "record")); err != nil {
 		return err
 	}
-	if err := os.Symlink(chain, filepath.Join(dir, "chain")); err != nil {
-		return err
-	}
-	if opts.Volatile {
-		if err := os.Symlink("-", filepath.Join(dir, "volatile")); err != nil {
+	for _, name := range []string{"fs", "work", "merged"} {
+		if err := os.Mkdir(filepath.Join(dir, name), 0o755); err != nil {
 			return err
 		}
 	}
-	for name, mode := range map[string]os.FileMode{"fs": 0o755, "work": 0o711, "merged": 0o700} {
-		if err := mkdirExactly(filepath.Join(dir, name), mode); err != nil {
-			return err
-		}
-	}
-	return nil
+	// The mode of fs is that of the container's root, and not for the umask to say.
+	return os.Chmod(filepath.Join(dir, "fs"), 0o755)
 }
 
-// mkdirExactly makes a directory whose mode doesn't depend on the umask: that of fs is the mode of the container's root.
-func mkdirExactly(path string, mode os.FileMode) error {
-	if err := os.Mkdir(path, mode); err != nil {
-		return err
+// lowers are the directories under a layer, the top one first. A chain that isn't there any more is unpacked again when
+// its image still is.
+func (s *Store) lowers(ctx context.Context, id string) ([]string, layerRecord, error) {
+	r, err := s.readLayer(id)
+	if err != nil {
+		return nil, r, s.noLayer(id, err)
 	}
-	return os.Chmod(path, mode)
+	dirs, err := s.chains.acquire(ctx, r.chain, id, func(ctx context.Context) error { return s.restoreChain(ctx, r) })
+	if err != nil {
+		return nil, r, fmt.Errorf("layers under %s: %w", shortID(id), err)
+	}
+	return dirs, r, nil
 }
 
-func (s *Store) layerChain(id string) (string, error) {
-	return os.Readlink(filepath.Join(s.layerDir(id), "chain"))
-}
-
-// lowers are the directories under a layer. A chain that isn't there any more is unpacked again when its image still is.
-func (s *Store) lowers(ctx context.Context, id string) ([]string, error) {
-	chain, err := s.layerChain(id)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fault.New(errdefs.ErrNotFound, "layer %s does not exist", id)
-	}
+func (s *Store) restoreChain(ctx context.Context, r layerRecord) error {
+	record, err := s.byID(digest.Digest(r.image))
 	if err != nil {
-		return nil, err
-	}
-	dirs, err := s.chains.acquire(ctx, chain, id, func(ctx context.Context) error { return s.restoreChain(ctx, id, chain) })
-	if err != nil {
-		return nil, fmt.Errorf("layers under %s: %w", shortID(id), err)
-	}
-	return dirs, nil
-}
-
-func (s *Store) restoreChain(ctx context.Context, id, chain string) error {
-	image, err := os.Readlink(filepath.Join(s.layerDir(id), "image"))
-	if err != nil {
-		return err
-	}
-	record, err := s.byID(digest.Digest(image))
-	if err != nil {
-		return fault.New(errdefs.ErrNotFound, "its image %s has been removed, and its layers were lost", shortID(image))
+		return fault.New(errdefs.ErrNotFound, "its image %s has been removed, and its layers were lost", shortID(r.image))
 	}
 	all, err := s.manifests(ctx, record.Target)
 	if err != nil {
 		return err
 	}
 	for _, m := range all {
-		img, err := s.open(ctx, m.desc, nil, image)
-		if err == nil && img.ChainID.String() == chain {
+		img, err := s.open(ctx, m.desc, nil, r.image)
+		if err == nil && img.ChainID.String() == r.chain {
 			return s.ensureUnpacked(ctx, img)
 		}
 	}
-	return fault.New(errdefs.ErrNotFound, "image %s has no such layers", shortID(image))
+	return fault.New(errdefs.ErrNotFound, "image %s has no such layers", shortID(r.image))
 }
 
 // MountLayer mounts a layer on those of its image and returns the root. Mounting what is mounted is no error. Error:
@@ -310,7 +312,7 @@ func (s *Store) MountLayer(ctx context.Context, id string) (string, error) {
 		return "", err
 	}
 	defer unlock()
-	dirs, err := s.lowers(ctx, id)
+	dirs, r, err := s.lowers(ctx, id)
 	if err != nil {
 		return "", err
 	}
@@ -320,7 +322,7 @@ func (s *Store) MountLayer(ctx context.Context, id string) (string, error) {
 		return merged, nil
 	}
 	o := overlayMount{lower: dirs, upper: filepath.Join(dir, "fs"), work: filepath.Join(dir, "work"), options: s.overlay}
-	if _, err := os.Lstat(filepath.Join(dir, "volatile")); err == nil {
+	if r.volatile {
 		// The kernel marks the work directory of a volatile mount and refuses to use it again unless that was unmounted
 		// in order. The layer's owner knows that it doesn't outlive a crash, so the mark says nothing.
 		if err := os.RemoveAll(filepath.Join(dir, "work", "work", "incompat")); err != nil {
@@ -344,7 +346,8 @@ func (s *Store) UnmountLayer(ctx context.Context, id string) error {
 	return unmountAll(filepath.Join(s.layerDir(id), "merged"))
 }
 
-// RemoveLayer unmounts and removes a layer, whole or half-made. Removing what doesn't exist is no error.
+// RemoveLayer unmounts and removes a layer, whole or half-made; its space is free a moment later. Removing what doesn't
+// exist is no error.
 func (s *Store) RemoveLayer(ctx context.Context, id string) error {
 	if !layerID.MatchString(id) {
 		return fault.New(errdefs.ErrInvalidArgument, "invalid layer ID %q", id)
@@ -366,9 +369,7 @@ func (s *Store) RemoveLayer(ctx context.Context, id string) error {
 		return err
 	}
 	s.chains.forget(id)
-	if err := removeTree(trash); err != nil {
-		return fmt.Errorf("remove layer %s: %w", shortID(id), err)
-	}
+	s.trash.sweep()
 	return nil
 }
 
@@ -388,7 +389,7 @@ func (s *Store) Layers() ([]string, error) {
 // LayerInfo is what `docker inspect` shows as GraphDriver.Data: LowerDir, UpperDir, WorkDir and MergedDir. It is nil when
 // the layer doesn't exist.
 func (s *Store) LayerInfo(id string) map[string]string {
-	dirs, err := s.lowers(context.Background(), id)
+	dirs, _, err := s.lowers(context.Background(), id)
 	if err != nil {
 		return nil
 	}

@@ -107,6 +107,7 @@ type Store struct {
 	active   sync.Map // IDs of pull leases in use
 	extract  *semaphore.Weighted
 	unsynced *syncJournal
+	trash    *trash
 
 	useMu sync.RWMutex
 	inUse func(*Image) []Use
@@ -223,22 +224,17 @@ func (s *Store) recover(ctx context.Context) error {
 	if err := s.chains.load(ctx); err != nil {
 		return err
 	}
-	trash := filepath.Join(s.cfg.Root, "trash")
-	left, err := os.ReadDir(trash)
-	if err != nil {
-		return err
-	}
-	for _, e := range left {
-		if err := removeTree(filepath.Join(trash, e.Name())); err != nil {
-			s.log.Warn("remove what is left of a layer", "layer", e.Name(), "err", err)
-		}
-	}
+	s.trash = newTrash(filepath.Join(s.cfg.Root, "trash"), s.log)
+	s.trash.sweep()
 	return s.collectIfStale(ctx)
 }
 
 // Close closes the store after pending work of its own. Mounted layers stay mounted.
 func (s *Store) Close() error {
 	var errs []error
+	if s.trash != nil {
+		s.trash.close()
+	}
 	if s.unsynced != nil {
 		errs = append(errs, s.unsynced.close())
 	}
