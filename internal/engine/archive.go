@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"archive/tar"
 	"cmp"
 	"context"
 	"errors"
@@ -130,6 +131,8 @@ func pathError(err error, path, ref string) error {
 		return nil
 	case errors.Is(err, fs.ErrNotExist):
 		return fault.New(errdefs.ErrNotFound, "Could not find the file %s in container %s", path, ref)
+	case errors.Is(err, tar.ErrHeader), errors.Is(err, io.ErrUnexpectedEOF):
+		return invalid("not a tar archive, or not a whole one: %w", err)
 	case errors.Is(err, syscall.ENOTDIR), errors.Is(err, syscall.ELOOP), errors.Is(err, syscall.ENAMETOOLONG):
 		return invalid("%w", err)
 	default:

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -229,6 +230,18 @@ func TestCopyInAndOut(t *testing.T) {
 			t.Errorf("user %s: owner %v, want %v", user, got, want)
 		}
 	}
+	// A container can't make the daemon wait by what it puts in the place of a file.
+	v.do(func() {
+		os.Remove("/etc/passwd")
+		if err := syscall.Mkfifo("/etc/passwd", 0o600); err != nil {
+			t.Error(err)
+		}
+	})
+	inTime(t, "looking up a user", func() { err = v.extractTest(t, newTestRecord("app"), "/srv", tarOf(t, nil), true) })
+	wantKind(t, err, errdefs.ErrInvalidArgument)
+
+	err = pathError(v.extractTest(t, newTestRecord(""), "/srv", strings.NewReader("no tar archive"), false), "/srv", "web")
+	wantKind(t, err, errdefs.ErrInvalidArgument)
 	err = v.extractTest(t, newTestRecord(""), "/srv/www/index", tarOf(t, nil), false)
 	wantKind(t, err, errdefs.ErrInvalidArgument)
 

@@ -134,6 +134,9 @@ func (e *Engine) ExecCreate(_ context.Context, ref string, req *container.ExecCr
 	if _, err := c.active(ref); err != nil {
 		return "", err
 	}
+	if err := e.checkUser(c, req.User); err != nil {
+		return "", err
+	}
 	keys, err := detachKeys(req.DetachKeys)
 	if err != nil {
 		return "", invalid("Invalid escape keys (%s) provided", req.DetachKeys)
@@ -312,7 +315,13 @@ func runExec(ctx context.Context, inst isolation.Instance, id string, spec isola
 // execFailure gives the exit code and the error that Docker has for a program that can't be run.
 func execFailure(program string, err error) (int, error) {
 	why, code := err.Error(), 126
+	_, cwd, badCwd := strings.Cut(why, "chdir to cwd")
 	switch {
+	case badCwd:
+		why, code = "chdir to cwd"+cwd, 126
+		if errors.Is(err, isolation.ErrCommandNotFound) {
+			code = 127
+		}
 	case errors.Is(err, isolation.ErrCommandNotFound) && strings.Contains(program, "/"):
 		why, code = fmt.Sprintf("exec: %q: stat %s: no such file or directory", program, program), 127
 	case errors.Is(err, isolation.ErrCommandNotFound):
