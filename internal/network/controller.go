@@ -101,7 +101,7 @@ func New(ctx context.Context, cfg Config) (_ *Controller, err error) {
 	if err := c.enableForwarding(c.sorted()); err != nil {
 		return nil, err
 	}
-	if err := c.fw.rebuild(c.sorted()); err != nil {
+	if err := c.fw.rebuild(c.sorted(), nil); err != nil {
 		return nil, err
 	}
 	if err := c.watchForeign(); err != nil {

@@ -25,10 +25,9 @@ type dnsServer struct {
 	sb *sandbox
 	*dnsSockets
 
-	// upstream are the servers for names that aren't ours, asked from the host's namespace unless inside is set: servers
-	// the user chose are meant as the container sees them.
-	upstream []netip.Addr
-	inside   bool
+	// chosen are the servers for names that aren't ours when the user or the daemon's configuration says so; they are asked
+	// from inside, as the container sees them. Without any it is the host's servers, of the moment, from the host.
+	chosen []netip.Addr
 	// ndots is true when resolv.conf says when to search: then names of one label are not asked upstream.
 	ndots bool
 
@@ -84,10 +83,10 @@ func (c *Controller) startDNS(sb *sandbox, ns *warmNS, u *undo) (err error) {
 		return nil
 	}
 	rc := c.resolvConfFor(&sb.spec)
-	d := &dnsServer{c: c, sb: sb, inside: rc.chosen, ndots: slices.ContainsFunc(rc.options, func(o string) bool { return strings.HasPrefix(o, "ndots:") })}
+	d := &dnsServer{c: c, sb: sb, ndots: slices.ContainsFunc(rc.options, func(o string) bool { return strings.HasPrefix(o, "ndots:") })}
 	for _, a := range rc.servers {
-		if len(d.upstream) < dnsServers && (!rc.chosen || a != dnsAddress) {
-			d.upstream = append(d.upstream, a)
+		if rc.chosen && a != dnsAddress {
+			d.chosen = append(d.chosen, a)
 		}
 	}
 	if d.dnsSockets, ns.dns = ns.dns, nil; d.dnsSockets == nil {
@@ -221,7 +220,7 @@ func (d *dnsServer) handle(raw []byte, proto string, reply func([]byte)) {
 		reply(packed)
 		return
 	}
-	if !d.c.external(d.sb) || len(d.upstream) == 0 {
+	if !d.c.external(d.sb) {
 		reply(refuse(raw, dns.RcodeServerFailure))
 		return
 	}

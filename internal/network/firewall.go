@@ -117,16 +117,20 @@ type elements map[*nftables.Set][]nftables.SetElement
 
 func (e elements) add(s *nftables.Set, more ...nftables.SetElement) { e[s] = append(e[s], more...) }
 
-// rebuild replaces the table by one with today's rules and nets' elements, keeping published ports, in one transaction:
-// no packet sees it half done, and no established connection loses its translation.
-func (f *firewall) rebuild(nets []*nw) error {
+// rebuild replaces the table by one with today's rules and nets' elements, in one transaction: no packet sees it half
+// done, and no established connection loses its translation. Published ports stay; ports are those of a table that isn't there.
+func (f *firewall) rebuild(nets []*nw, ports elements) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	kept := elements{}
 	switch err := f.dump(kept); {
 	case errors.Is(err, errNoTable):
+		kept = ports
 	case err != nil:
 		return err
+	}
+	if kept == nil {
+		kept = elements{}
 	}
 	f.conn.AddTable(f.table)
 	f.conn.DelTable(f.table)
@@ -147,13 +151,25 @@ func (f *firewall) rebuild(nets []*nw) error {
 	return nil
 }
 
+// missing says whether the table isn't there.
+func (f *firewall) missing() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	tables, err := f.conn.ListTablesOfFamily(nftables.TableFamilyINet)
+	return err == nil && !f.among(tables)
+}
+
+func (f *firewall) among(tables []*nftables.Table) bool {
+	return slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == f.table.Name })
+}
+
 // dump reads the elements that belong to containers from the kernel.
 func (f *firewall) dump(into elements) error {
 	tables, err := f.conn.ListTablesOfFamily(nftables.TableFamilyINet)
 	if err != nil {
 		return fmt.Errorf("list nftables tables: %w", err)
 	}
-	if !slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == f.table.Name }) {
+	if !f.among(tables) {
 		return errNoTable
 	}
 	have, err := f.conn.GetSets(f.table)

@@ -242,14 +242,37 @@ func (c *Controller) watchForeign() error {
 			case <-c.ctx.Done():
 				return
 			}
+			if err := c.ensureTable(); err != nil {
+				c.log.Error("our nftables table can't be made again, containers have no network", "error", err)
+			}
 			c.openForeign()
 		}
 	})
 	return nil
 }
 
+// ensureTable makes our table again when somebody has deleted it: "nft flush ruleset" is how nftables.service reloads.
+func (c *Controller) ensureTable() error {
+	if !c.fw.missing() {
+		return nil
+	}
+	c.log.Warn("somebody deleted our nftables table, making it again", "table", c.cfg.Table)
+	// Nothing of a network or port may come or go in between, or it would be lost or stay.
+	c.shape.Lock()
+	defer c.shape.Unlock()
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	want := elements{}
+	for _, sb := range c.sandboxes {
+		c.fw.portElements(sb.bindings, want)
+	}
+	return c.fw.rebuild(c.sorted(), want)
+}
+
 func (c *Controller) isForeignChange(m mdnetlink.Message) bool {
 	switch m.Header.Type & 0xff {
+	case unix.NFT_MSG_DELTABLE: // ours perhaps
+		return true
 	case unix.NFT_MSG_NEWTABLE, unix.NFT_MSG_NEWCHAIN, unix.NFT_MSG_DELCHAIN, unix.NFT_MSG_NEWRULE, unix.NFT_MSG_DELRULE:
 	default:
 		return false

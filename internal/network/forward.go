@@ -50,7 +50,11 @@ func redirectDNS(udp, tcp uint16) error {
 // last failure.
 func (d *dnsServer) forward(raw []byte, query *dns.Msg, proto string) []byte {
 	var failure []byte
-	for _, server := range d.upstream {
+	servers := d.chosen
+	if len(servers) == 0 {
+		servers = hostResolvers()
+	}
+	for _, server := range servers[:min(len(servers), dnsServers)] {
 		answer, err := d.ask(server, raw, query, proto)
 		if d.ctx.Err() != nil {
 			break
@@ -78,7 +82,7 @@ func (d *dnsServer) ask(server netip.Addr, raw []byte, query *dns.Msg, proto str
 		return err
 	}
 	var err error
-	if d.inside {
+	if len(d.chosen) > 0 {
 		err = d.inSandbox(dial)
 	} else {
 		err = d.c.ns.do(dial)

@@ -83,5 +83,5 @@ func (c *Controller) guard(mark string, nets []*nw) error {
 		return err
 	}
 	c.fw.guard = true
-	return c.fw.rebuild(nets)
+	return c.fw.rebuild(nets, nil)
 }

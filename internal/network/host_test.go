@@ -356,3 +356,25 @@ func dialUDP(t testing.TB, ns int, addr string) func(string) string {
 		return "error: " + err.Error()
 	}
 }
+
+// ping sends an ICMP echo request and waits for the answer.
+func ping(ns int, addr string) error {
+	return inNamespace(ns, func() error {
+		if err := writeSysctl("net.ipv4.ping_group_range", "0 0"); err != nil {
+			return err
+		}
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, unix.IPPROTO_ICMP)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 2}); err != nil {
+			return err
+		}
+		if err := unix.Sendto(fd, []byte{8, 0, 0, 0, 0, 0, 0, 1}, 0, &unix.SockaddrInet4{Addr: netip.MustParseAddr(addr).As4()}); err != nil {
+			return err
+		}
+		_, _, err = unix.Recvfrom(fd, make([]byte, 64), 0)
+		return err
+	})
+}

@@ -129,8 +129,22 @@ func (r *relay) pass(client *net.TCPConn) {
 func (r *relay) serveUDP(conn *net.UDPConn) {
 	var mu sync.Mutex
 	clients := map[netip.AddrPort]net.Conn{}
-	buf, oob := make([]byte, 64<<10), make([]byte, 128)
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return
+	}
+	var buf, oob []byte
 	for {
+		// Buffers come with the first datagram: most of these sockets never see one.
+		if err := raw.Read(func(fd uintptr) bool {
+			n, _, err := unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_TRUNC)
+			return n >= 0 || !errors.Is(err, unix.EAGAIN)
+		}); err != nil {
+			return
+		}
+		if buf == nil {
+			buf, oob = make([]byte, 64<<10), make([]byte, 128)
+		}
 		n, oobn, _, from, err := conn.ReadMsgUDPAddrPort(buf, oob)
 		if errors.Is(err, net.ErrClosed) || r.ctx.Err() != nil {
 			return

@@ -48,6 +48,11 @@ func (c *Controller) Validate(_ context.Context, s *Spec) error {
 	}
 	c.mu.RLock()
 	defer c.mu.RUnlock()
+	if len(s.Links) > 0 && c.modeNetwork(s.Mode) == network.NetworkBridge {
+		if n := c.named(network.NetworkBridge); n != nil && !n.opts.ICC {
+			return fault.New(errdefs.ErrNotImplemented, "links need containers on the default network to reach each other, which is switched off (icc=false): use a network of your own instead")
+		}
+	}
 	if _, err := extraHosts(s.ExtraHosts, c.hostGateways()); err != nil {
 		return err
 	}
