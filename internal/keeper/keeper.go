@@ -84,8 +84,11 @@ type Request struct {
 
 // Create describes a workload to hold.
 type Create struct {
-	// Spec is the OCI runtime spec; its Process is the first process.
+	// Spec is the OCI runtime spec; its Process is the first process. Its seccomp profile is beside it.
 	Spec *specs.Spec `json:"spec"`
+	// Seccomp is the profile, a specs.LinuxSeccomp; empty for none. It is most of a spec and the same for most
+	// containers, so the keeper doesn't want to read it each time.
+	Seccomp json.RawMessage `json:"seccomp,omitempty"`
 	IO
 	Log Log `json:"log"`
 	// Runtime is an OCI runtime binary and its global arguments; empty is the built-in one.

@@ -167,23 +167,27 @@ func TestBadRequestsAreRefusedBeforeAnythingIsTouched(t *testing.T) {
 		want   string
 		change func(*container.HostConfig)
 	}{
-		"capability":     {`unknown capability: "CAP_NONSUCH"`, func(h *container.HostConfig) { h.CapAdd = []string{"nonsuch"} }},
-		"security":       {`invalid --security-opt 2: "foo=bar"`, func(h *container.HostConfig) { h.SecurityOpt = []string{"foo=bar"} }},
-		"seccomp":        {`Decoding seccomp profile failed: `, func(h *container.HostConfig) { h.SecurityOpt = []string{"seccomp={"} }},
-		"memory":         {`Minimum memory limit allowed is 6MB`, func(h *container.HostConfig) { h.Memory = 1 << 20 }},
-		"swap":           {`You should always set the Memory limit when using Memoryswap limit, see usage`, func(h *container.HostConfig) { h.MemorySwap = 1 << 30 }},
-		"sysctl":         {`sysctl "kernel.panic" is not in a separate kernel namespace`, func(h *container.HostConfig) { h.Sysctls = map[string]string{"kernel.panic": "1"} }},
-		"sysctl of host": {`sysctl "net.ipv4.ip_forward" not allowed in host network namespace`, func(h *container.HostConfig) { h.NetworkMode, h.Sysctls = "host", map[string]string{"net.ipv4.ip_forward": "1"} }},
-		"cpus":           {`range of CPUs is from 0.01 to`, func(h *container.HostConfig) { h.NanoCPUs = 1e15 }},
-		"cpuset":         {`Requested CPUs are not available - requested 7000, available: `, func(h *container.HostConfig) { h.CpusetCpus = "7000" }},
-		"cpu period":     {`CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)`, func(h *container.HostConfig) { h.CPUPeriod = 1 }},
-		"device rule":    {`invalid device cgroup rule format: 'x'`, func(h *container.HostConfig) { h.DeviceCgroupRules = []string{"x"} }},
-		"gpu":            {`could not select device driver "" with capabilities: [[gpu]]`, func(h *container.HostConfig) { h.DeviceRequests = []container.DeviceRequest{{Capabilities: [][]string{{"gpu"}}}} }},
-		"oom score":      {`Invalid value -2000, range for oom score adj is [-1000, 1000]`, func(h *container.HostConfig) { h.OomScoreAdj = -2000 }},
-		"pid mode":       {`invalid PID mode: foo`, func(h *container.HostConfig) { h.PidMode = "foo" }},
-		"ipc mode":       {`invalid IPC mode: foo`, func(h *container.HostConfig) { h.IpcMode = "foo" }},
-		"ulimit":         {`invalid ulimit type: foo`, func(h *container.HostConfig) { h.Ulimits = []*container.Ulimit{{Name: "foo"}} }},
-		"masked path":    {`invalid path "x": masked and read-only paths must be absolute`, func(h *container.HostConfig) { h.MaskedPaths = []string{"x"} }},
+		"capability": {`unknown capability: "CAP_NONSUCH"`, func(h *container.HostConfig) { h.CapAdd = []string{"nonsuch"} }},
+		"security":   {`invalid --security-opt 2: "foo=bar"`, func(h *container.HostConfig) { h.SecurityOpt = []string{"foo=bar"} }},
+		"seccomp":    {`Decoding seccomp profile failed: `, func(h *container.HostConfig) { h.SecurityOpt = []string{"seccomp={"} }},
+		"memory":     {`Minimum memory limit allowed is 6MB`, func(h *container.HostConfig) { h.Memory = 1 << 20 }},
+		"swap":       {`You should always set the Memory limit when using Memoryswap limit, see usage`, func(h *container.HostConfig) { h.MemorySwap = 1 << 30 }},
+		"sysctl":     {`sysctl "kernel.panic" is not in a separate kernel namespace`, func(h *container.HostConfig) { h.Sysctls = map[string]string{"kernel.panic": "1"} }},
+		"sysctl of host": {`sysctl "net.ipv4.ip_forward" not allowed in host network namespace`, func(h *container.HostConfig) {
+			h.NetworkMode, h.Sysctls = "host", map[string]string{"net.ipv4.ip_forward": "1"}
+		}},
+		"cpus":        {`range of CPUs is from 0.01 to`, func(h *container.HostConfig) { h.NanoCPUs = 1e15 }},
+		"cpuset":      {`Requested CPUs are not available - requested 7000, available: `, func(h *container.HostConfig) { h.CpusetCpus = "7000" }},
+		"cpu period":  {`CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)`, func(h *container.HostConfig) { h.CPUPeriod = 1 }},
+		"device rule": {`invalid device cgroup rule format: 'x'`, func(h *container.HostConfig) { h.DeviceCgroupRules = []string{"x"} }},
+		"gpu": {`could not select device driver "" with capabilities: [[gpu]]`, func(h *container.HostConfig) {
+			h.DeviceRequests = []container.DeviceRequest{{Capabilities: [][]string{{"gpu"}}}}
+		}},
+		"oom score":   {`Invalid value -2000, range for oom score adj is [-1000, 1000]`, func(h *container.HostConfig) { h.OomScoreAdj = -2000 }},
+		"pid mode":    {`invalid PID mode: foo`, func(h *container.HostConfig) { h.PidMode = "foo" }},
+		"ipc mode":    {`invalid IPC mode: foo`, func(h *container.HostConfig) { h.IpcMode = "foo" }},
+		"ulimit":      {`invalid ulimit type: foo`, func(h *container.HostConfig) { h.Ulimits = []*container.Ulimit{{Name: "foo"}} }},
+		"masked path": {`invalid path "x": masked and read-only paths must be absolute`, func(h *container.HostConfig) { h.MaskedPaths = []string{"x"} }},
 	}
 	for name, c := range cases {
 		host := &container.HostConfig{}

@@ -42,7 +42,7 @@ type Driver struct {
 	keeper *keeper.Client
 
 	mu      sync.Mutex
-	seccomp map[string]*specs.LinuxSeccomp // Docker's profile, by the capabilities it depends on
+	seccomp map[string]json.RawMessage // Docker's profile, by the capabilities it depends on
 }
 
 // New connects to the exec-root's keeper and starts it when there is none. An older keeper is replaced in place.
@@ -62,7 +62,7 @@ func New(ctx context.Context, c Config) (*Driver, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Driver{config: c, keeper: k, seccomp: map[string]*specs.LinuxSeccomp{}}, nil
+	return &Driver{config: c, keeper: k, seccomp: map[string]json.RawMessage{}}, nil
 }
 
 func keeperPath(configured string) (string, error) {
@@ -99,12 +99,13 @@ func (d *Driver) KeeperPIDs(ctx context.Context) ([]int, error) {
 
 // Create implements isolation.Driver.
 func (d *Driver) Create(ctx context.Context, s *isolation.Spec) (isolation.Instance, error) {
-	spec, err := d.spec(s)
+	spec, filter, err := d.spec(s)
 	if err != nil {
 		return nil, err
 	}
 	err = d.keeper.Create(ctx, s.ID, &keeper.Create{
 		Spec:          spec,
+		Seccomp:       filter,
 		IO:            keeper.IO{OpenStdin: s.Process.OpenStdin, StdinOnce: s.Process.StdinOnce},
 		Log:           keeper.Log{Driver: s.Log.Driver, Path: s.Log.Path, Options: s.Log.Options, Attrs: s.Log.Attrs},
 		Runtime:       s.RuntimePath,

@@ -83,7 +83,7 @@ var hostSeccomp = sync.OnceValue(func() bool {
 
 // seccompProfile chooses the filter of system calls: the container's own, the daemon's, or Docker's default, so that
 // nothing runs unfiltered that didn't ask for it.
-func (d *Driver) seccompProfile(s *security, daemonProfile string, privileged bool, spec *specs.Spec) (*specs.LinuxSeccomp, error) {
+func (d *Driver) seccompProfile(s *security, daemonProfile string, privileged bool, spec *specs.Spec) (json.RawMessage, error) {
 	profile := s.seccomp
 	if profile == "" && !privileged {
 		profile = daemonProfile
@@ -104,11 +104,11 @@ func (d *Driver) seccompProfile(s *security, daemonProfile string, privileged bo
 	if err != nil {
 		return nil, fault.New(errdefs.ErrInvalidArgument, "seccomp profile: %v", err)
 	}
-	return p, nil
+	return json.Marshal(p)
 }
 
 // defaultSeccomp is Docker's profile. It depends on the capabilities only and is made once for each set of them.
-func (d *Driver) defaultSeccomp(spec *specs.Spec) (*specs.LinuxSeccomp, error) {
+func (d *Driver) defaultSeccomp(spec *specs.Spec) (json.RawMessage, error) {
 	caps := slices.Sorted(slices.Values(spec.Process.Capabilities.Bounding))
 	key := strings.Join(caps, " ")
 	d.mu.Lock()
@@ -123,8 +123,8 @@ func (d *Driver) defaultSeccomp(spec *specs.Spec) (*specs.LinuxSeccomp, error) {
 	if len(d.seccomp) > 64 {
 		clear(d.seccomp)
 	}
-	d.seccomp[key] = p
-	return p, nil
+	d.seccomp[key], err = json.Marshal(p)
+	return d.seccomp[key], err
 }
 
 // appArmorName is the name of the default profile; Docker's, so that "apparmor=docker-default" means it.

@@ -1,6 +1,7 @@
 package process
 
 import (
+	"encoding/json"
 	"maps"
 	"path/filepath"
 	"slices"
@@ -18,16 +19,16 @@ import (
 // specVersion is the oldest version of the OCI runtime spec that has what is used here: older runtimes refuse newer ones.
 const specVersion = "1.0.2"
 
-// spec turns Docker's configuration into an OCI runtime spec. Defaults are Docker's where the engine left a choice.
-func (d *Driver) spec(s *isolation.Spec) (*specs.Spec, error) {
+// spec turns Docker's configuration into an OCI runtime spec, with the seccomp profile beside it. Defaults are Docker's where the engine left a choice.
+func (d *Driver) spec(s *isolation.Spec) (spec *specs.Spec, filter json.RawMessage, err error) {
 	if s.Config == nil || s.Host == nil {
-		return nil, fault.New(errdefs.ErrInvalidArgument, "container %s: incomplete configuration", s.ID)
+		return nil, nil, fault.New(errdefs.ErrInvalidArgument, "container %s: incomplete configuration", s.ID)
 	}
 	sec, err := parseSecurity(s.Host.SecurityOpt)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	spec := &specs.Spec{
+	spec = &specs.Spec{
 		Version:     specVersion,
 		Root:        &specs.Root{Path: s.Rootfs, Readonly: s.Host.ReadonlyRootfs},
 		Annotations: s.Host.Annotations,
@@ -38,28 +39,28 @@ func (d *Driver) spec(s *isolation.Spec) (*specs.Spec, error) {
 	}
 	addNamespaces(spec, s)
 	if err := d.addProcess(spec, s, &sec); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if err := addResources(spec, s.Host); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	if spec.Linux.Seccomp, err = d.seccompProfile(&sec, s.SeccompProfile, s.Host.Privileged, spec); err != nil {
-		return nil, err
+	if filter, err = d.seccompProfile(&sec, s.SeccompProfile, s.Host.Privileged, spec); err != nil {
+		return nil, nil, err
 	}
 	if spec.Process.ApparmorProfile, err = appArmor(&sec, s.Host.Privileged); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if spec.Process.SelinuxLabel, spec.Linux.MountLabel, err = d.seLinux(&sec, s.Host.Privileged); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if err := addMounts(spec, s, &sec); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	addHiddenPaths(spec, s.Host)
 	if s.Init {
 		d.addInit(spec, s)
 	}
-	return spec, nil
+	return spec, filter, nil
 }
 
 func cgroupsPath(s *isolation.Spec) string {

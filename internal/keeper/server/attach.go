@@ -65,14 +65,20 @@ func (p *proc) countClients() {
 	if p.gone || p.rec.Deleting {
 		return
 	}
-	if err := os.WriteFile(filepath.Join(p.dir, clientsFile), []byte{byte(min(n, 255))}, 0o600); err != nil {
+	// One byte, written over the last: there is no moment without a number.
+	f, err := os.OpenFile(filepath.Join(p.dir, clientsFile), os.O_WRONLY|os.O_CREATE, 0o600)
+	if err == nil {
+		_, err = f.WriteAt([]byte{byte(min(n, 255))}, 0)
+		f.Close()
+	}
+	if err != nil {
 		p.w.log.Error("note clients", "process", p.rec.Key, "error", err)
 	}
 }
 
 // A ghost stands for the clients that were attached to a worker that was killed: what they haven't got yet is kept for
 // them until all have come back, but not for long.
-const ghostTime = 3 * time.Second
+const ghostTime = 5 * time.Second
 
 func (p *proc) summonGhost() {
 	b, err := os.ReadFile(filepath.Join(p.dir, clientsFile))
@@ -83,7 +89,7 @@ func (p *proc) summonGhost() {
 	defer p.mu.Unlock()
 	g := &client{p: p, want: [2]bool{true, true}}
 	for i, s := range p.out {
-		g.pos[i] = max(0, s.size-maxLag-maxSplice)
+		g.pos[i] = max(0, s.size-maxLag-2*maxSplice)
 	}
 	p.ghost, p.ghosts = g, int(b[0])
 	p.clients[g] = struct{}{}

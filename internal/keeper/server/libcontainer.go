@@ -1,7 +1,6 @@
 package server
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -25,12 +24,11 @@ type builtin struct {
 
 	mu         sync.Mutex
 	containers map[string]*libcontainer.Container
-	// seccomp profiles are shared: nearly all containers have the same, of hundreds of rules.
-	seccomp map[string]*configs.Seccomp
+	filters    map[string]*filter // by name
 }
 
 func newBuiltin(w *worker) *builtin {
-	return &builtin{w: w, containers: map[string]*libcontainer.Container{}, seccomp: map[string]*configs.Seccomp{}}
+	return &builtin{w: w, containers: map[string]*libcontainer.Container{}, filters: map[string]*filter{}}
 }
 
 func (b *builtin) root() string { return filepath.Join(b.w.args.dir(), "rt") }
@@ -48,9 +46,11 @@ func (b *builtin) Create(p *proc, io stdio) (pid, master int, err error) {
 	if err != nil {
 		return 0, -1, err
 	}
-	if config.Seccomp, err = b.intern(config.Seccomp); err != nil {
+	filter, err := b.filter(p.rec.Seccomp)
+	if err != nil {
 		return 0, -1, err
 	}
+	config.Seccomp = filter.profile
 	// The bundle is where runtimes look for a config.json; there is none any more when it runs.
 	config.Labels = nil
 	container, err := libcontainer.Create(b.root(), p.rec.ID, config)
@@ -62,6 +62,7 @@ func (b *builtin) Create(p *proc, io stdio) (pid, master int, err error) {
 		return 0, -1, err
 	}
 	process.Init = true
+	b.pass(filter, process)
 	master, err = runWithIO(container, process, io)
 	if err != nil {
 		return 0, -1, fmt.Errorf("OCI runtime create failed: %w", startError(err))
@@ -73,24 +74,6 @@ func (b *builtin) Create(p *proc, io stdio) (pid, master int, err error) {
 	b.containers[p.rec.ID] = container
 	b.mu.Unlock()
 	return pid, master, nil
-}
-
-// intern returns the one copy of a profile.
-func (b *builtin) intern(s *configs.Seccomp) (*configs.Seccomp, error) {
-	if s == nil {
-		return nil, nil
-	}
-	key, err := json.Marshal(s)
-	if err != nil {
-		return nil, err
-	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if known := b.seccomp[string(key)]; known != nil {
-		return known, nil
-	}
-	b.seccomp[string(key)] = s
-	return s, nil
 }
 
 // runWithIO starts a process with its streams and returns the master of its terminal.
@@ -176,10 +159,10 @@ func (b *builtin) container(id string) (*libcontainer.Container, error) {
 	if err != nil {
 		return nil, err
 	}
-	config := c.Config()
-	if shared, err := b.intern(config.Seccomp); err == nil && shared != nil {
-		// Config copies the struct but not what it points to.
-		*config.Seccomp = *shared
+	if p, err := b.w.proc(keyOf(id)); err == nil {
+		if f, err := b.filter(p.rec.Seccomp); err == nil && f.profile != nil {
+			*c.Config().Seccomp = *f.profile // Config copies the struct but not what it points to
+		}
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -223,6 +206,11 @@ func (b *builtin) Exec(p *proc, io stdio) (pid, master int, err error) {
 	if err != nil {
 		return 0, -1, err
 	}
+	filter, err := b.filter(p.parent.rec.Seccomp)
+	if err != nil {
+		return 0, -1, err
+	}
+	b.pass(filter, process)
 	master, err = runWithIO(c, process, io)
 	if err != nil {
 		return 0, -1, fmt.Errorf("OCI runtime exec failed: exec failed: %w", startError(err))

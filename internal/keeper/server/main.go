@@ -22,6 +22,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime/debug"
 	"strconv"
 	"syscall"
 
@@ -38,6 +39,7 @@ const (
 	modeGuard   = "guard"
 	modeWorker  = "worker"
 	modeInit    = "init"    // libcontainer's, inside a container that is being made
+	modeFilter  = "filter"  // compiles a filter of system calls, see seccomp.c
 	modeVersion = "version" // proof that the binary runs, before an upgrade to it
 )
 
@@ -45,6 +47,9 @@ const (
 // thread that leads the process. It returns unless this process is such a one.
 func Init() {
 	if len(os.Args) > 1 && os.Args[1] == modeInit && os.Getenv("_LIBCONTAINER_INITPIPE") != "" {
+		// It lives for some milliseconds: collecting garbage would be most of its work.
+		debug.SetGCPercent(-1)
+		useRememberedFilter()
 		libcontainer.Init()
 	}
 }
@@ -61,6 +66,9 @@ func run() error {
 	if len(os.Args) == 2 && os.Args[1] == modeVersion {
 		fmt.Println(keeper.ProtocolVersion)
 		return nil
+	}
+	if len(os.Args) == 2 && os.Args[1] == modeFilter {
+		return compileFilter()
 	}
 	if len(os.Args) == 3 && os.Args[1] == modeServe {
 		return serve(os.Args[2])

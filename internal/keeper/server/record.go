@@ -26,6 +26,8 @@ type record struct {
 	RuntimeArgs   []string `json:"runtimeArgs,omitempty"`
 	SystemdCgroup bool     `json:"systemdCgroup,omitempty"`
 	Cgroup        cgroup   `json:"cgroup,omitzero"`
+	// Seccomp names the profile, see profiles.
+	Seccomp string `json:"seccomp,omitempty"`
 	// SharedPID says that the workload has no PID namespace of its own: its processes don't die with the first.
 	SharedPID bool         `json:"sharedPID,omitempty"`
 	Deleting  bool         `json:"deleting,omitempty"`

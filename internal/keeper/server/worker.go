@@ -53,8 +53,13 @@ type upgradeResult struct {
 
 func runWorker(args identity, log *slog.Logger) error {
 	// Small and many allocations in bursts, long idle: give memory back early.
-	debug.SetGCPercent(50)
+	debug.SetGCPercent(100)
 	goruntime.GOMAXPROCS(min(goruntime.NumCPU(), 4))
+	// libcontainer hands this on to the first process of a container, whose runtime would else find out how many CPUs
+	// there are, from a dozen files, to start threads that it doesn't need.
+	if err := os.Setenv("GOMAXPROCS", "1"); err != nil {
+		return err
+	}
 	unix.CloseOnExec(guardSock)
 	fds, guard, err := fetchAll()
 	if err != nil {
@@ -274,6 +279,18 @@ func (w *worker) create(k keeper.Key, c *keeper.Create) error {
 		Runtime: c.Runtime, RuntimeArgs: c.RuntimeArgs, SystemdCgroup: c.SystemdCgroup,
 		Cgroup:    cgroup{Path: c.Spec.Linux.CgroupsPath, Systemd: c.SystemdCgroup},
 		SharedPID: sharesPID(c.Spec),
+	}
+	if rec.Runtime != "" && len(c.Seccomp) > 0 {
+		// Runtime binaries read one file with everything in it.
+		if err := json.Unmarshal(c.Seccomp, &c.Spec.Linux.Seccomp); err != nil {
+			return fmt.Errorf("seccomp profile: %w: %w", err, errdefs.ErrInvalidArgument)
+		}
+	} else if len(c.Seccomp) > 0 {
+		name, err := w.builtin.keepProfile(c.Seccomp)
+		if err != nil {
+			return err
+		}
+		rec.Seccomp = name
 	}
 	p := w.newProc(rec)
 	p.runtime = w.runtimeOf(&rec)
