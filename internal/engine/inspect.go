@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	hostapparmor "github.com/containerd/containerd/v2/pkg/apparmor"
 	"github.com/moby/moby/api/types/container"
 	apinetwork "github.com/moby/moby/api/types/network"
 	"github.com/moby/moby/api/types/storage"
@@ -96,7 +97,11 @@ func (e *Engine) netFiles(rec *record) string {
 	return e.dir(rec.ID)
 }
 
+// appArmor is the profile that a container runs under, empty on hosts without AppArmor.
 func appArmor(host *container.HostConfig) string {
+	if !hostapparmor.HostSupports() {
+		return ""
+	}
 	for _, opt := range host.SecurityOpt {
 		for _, prefix := range []string{"apparmor=", "apparmor:"} {
 			if profile, ok := strings.CutPrefix(opt, prefix); ok {
@@ -104,7 +109,10 @@ func appArmor(host *container.HostConfig) string {
 			}
 		}
 	}
-	return ""
+	if host.Privileged {
+		return "unconfined"
+	}
+	return "docker-default"
 }
 
 // linksInspected are the links on the default bridge as Docker shows them: "/redis:/vote/redis".

@@ -71,6 +71,7 @@ func (e *Engine) ContainerList(ctx context.Context, o ListOptions) ([]container.
 		return nil, err
 	}
 	images := imageNames{e: e, ids: map[string]digest.Digest{}}
+	aliases := e.linkAliases(views)
 	summaries := []container.Summary{}
 	for i := range views {
 		v := &views[i]
@@ -84,6 +85,7 @@ func (e *Engine) ContainerList(ctx context.Context, o ListOptions) ([]container.
 		s := v.summary()
 		s.Mounts, s.NetworkSettings = e.apiMounts(&v.rec), &container.NetworkSettingsSummary{Networks: networksSummary(e.endpointsNow(&v.rec, v.run))}
 		s.Image = images.shown(ctx, &v.rec)
+		s.Names = append(s.Names, aliases[v.rec.ID]...)
 		summaries = append(summaries, s)
 	}
 	if !o.Size {
@@ -109,6 +111,24 @@ func (e *Engine) byIDRemoved(id string) bool {
 	e.mu.RLock()
 	defer e.mu.RUnlock()
 	return e.byID[id] == nil
+}
+
+// linkAliases are the names that links give to containers, "/vote/redis", by ID.
+func (e *Engine) linkAliases(views []view) map[string][]string {
+	aliases := map[string][]string{}
+	for i := range views {
+		rec := &views[i].rec
+		for _, link := range rec.HostConfig.Links {
+			ref, alias, err := parseLink(link)
+			if err != nil {
+				continue // refused at creation
+			}
+			if c, err := e.lookup(ref); err == nil {
+				aliases[c.ID()] = append(aliases[c.ID()], "/"+rec.Name+"/"+alias)
+			}
+		}
+	}
+	return aliases
 }
 
 // imageNames tells which name of an image to show: the one the container was made from, as long as it means that image.
