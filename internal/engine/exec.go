@@ -233,4 +233,3 @@ func (e *Engine) ExecResize(ctx context.Context, execID string, rows, cols uint3
 	}
 	return proc.Resize(ctx, rows, cols)
 }
-

@@ -298,4 +298,3 @@ func (e *Engine) imageUsage(ctx context.Context) (*apiimage.DiskUsage, error) {
 	u.Reclaimable = max(u.Reclaimable, 0)
 	return u, nil
 }
-

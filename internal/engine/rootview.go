@@ -343,4 +343,3 @@ func makeMountPoint(target string, dir bool) error {
 	}
 	return f.Close()
 }
-
