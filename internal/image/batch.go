@@ -3,6 +3,7 @@ package image
 import (
 	"context"
 	"fmt"
+	"path/filepath"
 
 	"github.com/containerd/containerd/v2/core/metadata/boltutil"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -72,11 +73,21 @@ func (s *Store) batch(ctx context.Context, fn func(context.Context) error) error
 // sweepSnapshots removes directories of snapshots that came to nothing. It has to be done before others are made, since
 // these may get the same numbers.
 func (s *Store) sweepSnapshots(ctx context.Context) {
-	c, ok := s.snapshotter.(snapshots.Cleaner)
-	if !ok {
-		return
+	ctx = s.context(context.WithoutCancel(ctx))
+	var err error
+	if c, ok := s.snapshotter.(snapshots.Cleaner); ok {
+		err = c.Cleanup(ctx)
 	}
-	if err := c.Cleanup(s.context(context.WithoutCancel(ctx))); err != nil && !errdefs.IsNotFound(err) {
+	if errdefs.IsNotFound(err) {
+		// The database has never had a snapshot, which Cleanup can't read; whatever is there came to nothing.
+		err = s.snapMeta.WithTransaction(ctx, true, func(ctx context.Context) error {
+			if _, err := storage.IDMap(ctx); !errdefs.IsNotFound(err) {
+				return err // one was made meanwhile
+			}
+			return removeContents(filepath.Join(s.cfg.Root, "snapshots", "snapshots"))
+		})
+	}
+	if err != nil {
 		s.log.Warn("remove directories of abandoned snapshots", "err", err)
 	}
 }

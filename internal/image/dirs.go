@@ -110,6 +110,20 @@ func removeTree(dir string) error {
 	return os.RemoveAll(dir)
 }
 
+// removeContents removes everything in a directory.
+func removeContents(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if err := removeTree(filepath.Join(dir, e.Name())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // The flags of chattr(1)'s +i and +a, from linux/fs.h.
 const (
 	flagImmutable = 0x10

@@ -1,6 +1,7 @@
 package image
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"maps"
@@ -8,12 +9,14 @@ import (
 	"strings"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // Leases keep garbage collection off what no image refers to (yet):
@@ -138,6 +141,13 @@ func (s *Store) collectIfStale(ctx context.Context) error {
 		if err := s.snap.Remove(ctx, name); err != nil && !errdefs.IsNotFound(err) {
 			return fmt.Errorf("remove half-unpacked layer %s: %w", name, err)
 		}
+	}
+	// A killed daemon may also have left files that the database doesn't know. The collector looks for them only when
+	// it has content to remove, so it is given some.
+	bait := []byte(randomID())
+	d := ocispec.Descriptor{MediaType: "text/plain", Digest: digest.FromBytes(bait), Size: int64(len(bait))}
+	if err := content.WriteBlob(ctx, s.content, "bait-"+string(bait), bytes.NewReader(bait), d); err != nil {
+		return err
 	}
 	return s.collect(ctx)
 }

@@ -167,7 +167,10 @@ func (r *testRegistry) requireBasic(user, password string) {
 // public/ can be pulled without.
 func (r *testRegistry) requireToken(user, password string) {
 	tokens := map[string]string{} // token to scope
+	var mu sync.Mutex
 	r.intercept(func(w http.ResponseWriter, req *http.Request) bool {
+		mu.Lock()
+		defer mu.Unlock()
 		if req.URL.Path == "/token" {
 			_ = req.ParseForm()
 			u, p, _ := req.BasicAuth()
