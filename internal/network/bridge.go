@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 
 	"dolium/internal/fault"
@@ -50,7 +52,14 @@ func (c *Controller) ensureBridge(n *nw) error {
 	return c.ns.do(func() error { return c.setupBridge(n, link) })
 }
 
-func (c *Controller) newBridge(n *nw) (netlink.Link, error) {
+// newBridge makes and marks the device. The mark can only follow; a file notes what is being made until then, for names
+// alone could be another engine's.
+func (c *Controller) newBridge(n *nw) (_ netlink.Link, err error) {
+	note := filepath.Join(c.cfg.ExecRoot, makingPrefix+n.Bridge)
+	if err := os.WriteFile(note, nil, 0o600); err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, os.Remove(note)) }()
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.HardwareAddr = n.Bridge, randomMAC()
 	if n.opts.MTU > 0 {
@@ -68,6 +77,9 @@ func (c *Controller) newBridge(n *nw) (netlink.Link, error) {
 	}
 	return link, nil
 }
+
+// makingPrefix begins the names of files in ExecRoot that stand for bridges being made.
+const makingPrefix = "making-"
 
 // setupBridge sets addresses and sysctls. It runs in the Controller's namespace.
 func (c *Controller) setupBridge(n *nw, link netlink.Link) error {
@@ -168,6 +180,10 @@ func (c *Controller) removeStrayBridges() {
 	}
 	for _, l := range links {
 		id, ours := strings.CutPrefix(l.Attrs().Alias, c.aliasPrefix())
+		note := filepath.Join(c.cfg.ExecRoot, makingPrefix+l.Attrs().Name)
+		if _, err := os.Stat(note); err == nil && l.Attrs().Alias == "" {
+			ours = true
+		}
 		if !ours || l.Type() != "bridge" {
 			continue
 		}
@@ -177,6 +193,12 @@ func (c *Controller) removeStrayBridges() {
 		c.log.Info("removing bridge of a network that doesn't exist", "bridge", l.Attrs().Name)
 		if err := c.links.LinkDel(l); err != nil {
 			c.log.Warn("stray bridge can't be removed", "bridge", l.Attrs().Name, "error", err)
+		}
+	}
+	notes, _ := filepath.Glob(filepath.Join(c.cfg.ExecRoot, makingPrefix+"*"))
+	for _, note := range notes {
+		if err := os.Remove(note); err != nil {
+			c.log.Warn("note of a bridge can't be removed", "error", err)
 		}
 	}
 }

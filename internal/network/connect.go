@@ -263,6 +263,18 @@ func (c *Controller) Disconnect(_ context.Context, containerID, ref string, forc
 	return nil
 }
 
+// Sandbox describes the network of a running container as it is now: connects, disconnects and renames change more than
+// the endpoint they are about. Error: ErrNotFound.
+func (c *Controller) Sandbox(containerID string) (*Sandbox, error) {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	sb := c.sandboxes[containerID]
+	if sb == nil || !sb.ready {
+		return nil, fault.New(errdefs.ErrNotFound, "container %s has no network: it is not running", containerID)
+	}
+	return sb.describe(), nil
+}
+
 // Rename changes the name a running container answers to.
 func (c *Controller) Rename(containerID, newName string) error {
 	sb, err := c.running(containerID)

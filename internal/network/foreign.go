@@ -24,16 +24,8 @@ import (
 func (c *Controller) openForeign() {
 	c.foreignMu.Lock()
 	defer c.foreignMu.Unlock()
-	var bridges []string
-	c.mu.RLock()
-	for _, n := range c.sorted() {
-		if n.external() && n.Bridge != "" {
-			bridges = append(bridges, n.Bridge)
-		}
-	}
-	c.mu.RUnlock()
 	c.warnings = nil
-	if err := c.ensureForeign(bridges); err != nil {
+	if err := c.ensureForeign(c.foreignBridges()); err != nil {
 		c.complain(fmt.Sprintf("the firewall rules of others can't be read, containers may have no network: %v", err))
 	}
 	c.checkLegacy()
@@ -43,17 +35,26 @@ func (c *Controller) openForeign() {
 func (c *Controller) closeForeign(gone *nw) {
 	c.foreignMu.Lock()
 	defer c.foreignMu.Unlock()
-	var bridges []string
-	c.mu.RLock()
-	for _, n := range c.sorted() {
-		if n != gone && n.external() && n.Bridge != "" {
-			bridges = append(bridges, n.Bridge)
-		}
-	}
-	c.mu.RUnlock()
-	if err := c.ensureForeign(bridges); err != nil {
+	c.mu.Lock()
+	gone.leaving = true
+	c.mu.Unlock()
+	if err := c.ensureForeign(c.foreignBridges()); err != nil {
 		c.log.Warn("rules in another firewall can't be removed", "bridge", gone.Bridge, "error", err)
 	}
+}
+
+// foreignBridges are the bridges that have to pass. Those of internal networks too: where bridged frames pass netfilter,
+// it is their containers' way to each other.
+func (c *Controller) foreignBridges() []string {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	var out []string
+	for _, n := range c.sorted() {
+		if n.Bridge != "" && !n.leaving {
+			out = append(out, n.Bridge)
+		}
+	}
+	return out
 }
 
 // complain notes something the administrator must know, and logs it once.
@@ -238,7 +239,7 @@ func (c *Controller) watchForeign() error {
 			}
 			// Rules come in swarms.
 			select {
-			case <-time.After(200 * time.Millisecond):
+			case <-time.After(50 * time.Millisecond):
 			case <-c.ctx.Done():
 				return
 			}

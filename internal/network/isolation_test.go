@@ -2,6 +2,7 @@ package network
 
 import (
 	"context"
+	"errors"
 	"net/netip"
 	"strings"
 	"testing"
@@ -172,6 +173,30 @@ func TestRoutersStayRouters(t *testing.T) {
 	h.cfg.IPForward = true
 	h.start()
 	expect(t, "through the host", dial(h.client, "tcp", "198.51.100.2:80"), "far 192.0.2.2")
+}
+
+func TestIPv6NetworkOnAHostThatRoutesOnlyIPv4(t *testing.T) {
+	h := newHost(t, func(c *Config) { c.IPForward = false })
+	h.stop()
+	check(t, inNamespace(h.ns, func() error {
+		return errors.Join(writeSysctl("net.ipv4.ip_forward", "1"), writeSysctl("net.ipv6.conf.eth0.accept_ra", "1"))
+	}))
+	h.cfg.IPForward = true
+	h.start()
+	old := h.run("old", publish("8080->80/tcp"))
+	serve(t, old.ns(), ":80", "old")
+	on := true
+	h.create("six", func(r *network.CreateRequest) { r.EnableIPv6 = &on })
+	b := h.run("c1", onNet("six"), publish("8081->80/tcp"))
+	serve(t, b.ns(), ":80", "c1")
+	expect(t, "IPv6", dial(h.client, "tcp", "[2001:db8::1]:8081"), "c1 2001:db8::2")
+	expect(t, "the one before", dial(h.client, "tcp", "192.0.2.1:8080"), "old 192.0.2.2")
+	check(t, inNamespace(h.ns, func() error {
+		if got, err := readSysctl("net.ipv6.conf.eth0.accept_ra"); got != "2" {
+			return errors.Join(errors.New("the host doesn't listen to its router any more: accept_ra is "+got), err)
+		}
+		return nil
+	}))
 }
 
 func TestForwardPolicyOfDropElsewhere(t *testing.T) {

@@ -119,7 +119,7 @@ func TestBadEndpointsAreRefused(t *testing.T) {
 	}
 	// What only shows at the start.
 	h.run("first", on("sub", network.EndpointSettings{IPAMConfig: ip("10.1.0.9")}))
-	if _, err := h.c.Start(context.Background(), h.spec("second", on("sub", network.EndpointSettings{IPAMConfig: ip("10.1.0.9")}))); err == nil || err.Error() != "failed to set up container networking: Address already in use" {
+	if _, err := h.c.Start(context.Background(), h.spec("second", on("sub", network.EndpointSettings{IPAMConfig: ip("10.1.0.9")}))); err == nil || err.Error() != "Address already in use" {
 		t.Errorf("address of another: %v", err)
 	}
 }

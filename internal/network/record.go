@@ -65,6 +65,8 @@ type nw struct {
 	index int
 	// busy is true while the network is being made or removed: nothing may join.
 	busy bool
+	// leaving is true from the moment its traces in other firewalls are removed.
+	leaving bool
 }
 
 func newNW(r record) (*nw, error) {

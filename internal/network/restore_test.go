@@ -33,7 +33,7 @@ func TestRunningContainersSurviveTheDaemon(t *testing.T) {
 	expect(t, "relay", dial(h.ns, "tcp", "[::1]:8080"), "web "+h.c.named("app").V4.Gateway.String())
 	expect(t, "DNS", web.ask("udp", dns.TypeA, "store"), "NOERROR "+db.ip("app"))
 	if _, err := h.c.Start(context.Background(), h.spec("thief", publish("8080->80/tcp"))); err == nil ||
-		!strings.Contains(err.Error(), "failed to set up container networking: driver failed programming external connectivity on endpoint thief (") ||
+		!strings.Contains(err.Error(), "driver failed programming external connectivity on endpoint thief (") ||
 		!strings.Contains(err.Error(), "Bind for 0.0.0.0:8080 failed: port is already allocated") {
 		t.Errorf("port of a restored container: %v", err)
 	}

@@ -13,7 +13,8 @@ import (
 )
 
 // Start connects a container that is about to run: a namespace, interfaces, routes, published ports, names. Either all of
-// it is there when it returns, or nothing.
+// it is there when it returns, or nothing. "failed to set up container networking", with which Docker begins the error, is
+// the caller's to say.
 func (c *Controller) Start(ctx context.Context, spec *Spec) (_ *Sandbox, err error) {
 	if err := c.Validate(ctx, spec); err != nil {
 		return nil, err
@@ -33,7 +34,7 @@ func (c *Controller) Start(ctx context.Context, spec *Spec) (_ *Sandbox, err err
 		return nil, err
 	}
 	if err := c.connectSandbox(sb, u); err != nil {
-		return nil, fmt.Errorf("failed to set up container networking: %w", err)
+		return nil, err
 	}
 	if err := c.save(sb); err != nil {
 		return nil, err
@@ -69,7 +70,7 @@ func (c *Controller) join(sb *sandbox, u *undo) error {
 	})
 	for _, at := range atts {
 		if _, err := c.addEndpoint(sb, at, u); err != nil {
-			return fmt.Errorf("failed to set up container networking: %w", err)
+			return err
 		}
 	}
 	sb.gw = chooseGateways(sb.endpoints)
