@@ -17,6 +17,7 @@ import (
 	dockerspec "github.com/moby/docker-image-spec/specs-go/v1"
 	"github.com/moby/moby/api/types/container"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 
 	"dolium/internal/fault"
 )
@@ -143,16 +144,14 @@ func (s *Store) Export(ctx context.Context, id string, w io.Writer) error {
 	return nil
 }
 
-// view is the merged root for reading, which release ends.
+// view is the merged root for reading, which release ends. It is a mount of its own, so that a container that stops
+// meanwhile doesn't take it away.
 func (s *Store) view(ctx context.Context, id string) (root string, release func(), _ error) {
 	lowers, _, err := s.lowers(ctx, id)
 	if err != nil {
 		return "", nil, err
 	}
 	dir := s.layerDir(id)
-	if merged := filepath.Join(dir, "merged"); isMountPoint(merged) {
-		return merged, func() {}, nil
-	}
 	at, err := os.MkdirTemp(dir, "view-")
 	if err != nil {
 		return "", nil, s.noLayer(id, err)
@@ -164,6 +163,20 @@ func (s *Store) view(ctx context.Context, id string) (root string, release func(
 		}
 		if err != nil {
 			s.log.Warn("end a view of a layer", "layer", id, "err", err)
+		}
+	}
+	if merged := filepath.Join(dir, "merged"); isMountPoint(merged) {
+		if err := unix.Mount(merged, at, "", unix.MS_BIND, ""); err != nil {
+			release()
+			return "", nil, &os.PathError{Op: "bind mount", Path: merged, Err: err}
+		}
+		if fsName(at) == "overlayfs" {
+			return at, release, nil
+		}
+		// It was unmounted between the two calls.
+		if err := unmountAll(at); err != nil {
+			release()
+			return "", nil, err
 		}
 	}
 	// As the top one of read-only layers the upper directory shows the same.

@@ -262,3 +262,14 @@ func BenchmarkCreateMountRemoveLayer(b *testing.B) {
 		b.ReportMetric(float64(d.Microseconds())/float64(b.N), name+"-µs")
 	}
 }
+func BenchmarkResolveAmongHundredImages(b *testing.B) {
+	s := newStore(b)
+	img := loadClassic(b, s, "app:0", nil, layerTar(b, file{name: "f", data: "x"}))
+	for i := range 100 {
+		must(b, s.Tag(b.Context(), img.ID.String(), fmt.Sprintf("app:%d", i)))
+	}
+	for b.Loop() {
+		_, err := s.Resolve(b.Context(), "app:50", nil)
+		must(b, err)
+	}
+}

@@ -47,10 +47,24 @@ func (t *trash) empty() {
 		t.log.Warn("read what is left of removed layers", "err", err)
 	}
 	for _, e := range left {
-		if err := removeTree(filepath.Join(t.dir, e.Name())); err != nil {
+		if err := t.remove(filepath.Join(t.dir, e.Name())); err != nil {
 			t.log.Warn("remove what is left of a layer", "layer", e.Name(), "err", err)
 		}
 	}
+}
+
+// remove removes a layer, and first takes off views of it that a killed daemon left mounted.
+func (t *trash) remove(dir string) error {
+	views, err := filepath.Glob(filepath.Join(dir, "view-*"))
+	if err != nil {
+		return err
+	}
+	for _, v := range views {
+		if err := unmountAll(v); err != nil {
+			return err
+		}
+	}
+	return removeTree(dir)
 }
 
 // close returns when what is there is removed. What is put there afterwards stays for the next daemon.
