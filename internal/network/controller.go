@@ -86,7 +86,7 @@ func New(ctx context.Context, cfg Config) (_ *Controller, err error) {
 	if err := c.load(); err != nil {
 		return nil, err
 	}
-	if err := c.defaultNetworks(ctx); err != nil {
+	if err := c.defaultNetworks(); err != nil {
 		return nil, err
 	}
 	c.removeStrayBridges()
@@ -150,7 +150,7 @@ func (c *Controller) open() error {
 	if c.rt, err = openRt(); err != nil {
 		return err
 	}
-	if c.fw, err = newFirewall(c.ns, c.cfg.Table, c.log); err != nil {
+	if c.fw, err = newFirewall(c.ns, c.cfg.Table); err != nil {
 		return err
 	}
 	if c.foreign, err = openNftables(c.ns); err != nil {

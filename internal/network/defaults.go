@@ -1,7 +1,6 @@
 package network
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -20,7 +19,7 @@ import (
 )
 
 // defaultNetworks makes host, none and, unless it is disabled, bridge.
-func (c *Controller) defaultNetworks(context.Context) error {
+func (c *Controller) defaultNetworks() error {
 	for name, driver := range map[string]string{network.NetworkHost: "host", network.NetworkNone: "null"} {
 		if c.named(name) != nil {
 			continue

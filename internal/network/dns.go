@@ -57,24 +57,46 @@ func (s *dnsSockets) close() {
 	}
 }
 
-// openDNS opens the sockets in the calling thread's namespace, a sandbox's, and leads port 53 there.
-func openDNS() (_ *dnsSockets, err error) {
-	addr := netip.AddrPortFrom(dnsAddress, 0)
-	udp, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(addr))
+// ports are what the sockets are bound to.
+func (s *dnsSockets) ports() (udp, tcp uint16) {
+	return uint16(s.udp.LocalAddr().(*net.UDPAddr).Port), uint16(s.tcp.Addr().(*net.TCPAddr).Port)
+}
+
+// listenDNS opens the sockets in the calling thread's namespace, a sandbox's.
+func listenDNS(udp, tcp uint16) (*dnsSockets, error) {
+	u, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(dnsAddress, udp)))
 	if err != nil {
 		return nil, err
 	}
-	tcp, err := net.ListenTCP("tcp4", net.TCPAddrFromAddrPort(addr))
+	t, err := net.ListenTCP("tcp4", net.TCPAddrFromAddrPort(netip.AddrPortFrom(dnsAddress, tcp)))
 	if err != nil {
-		udp.Close()
+		u.Close()
 		return nil, err
 	}
-	s := &dnsSockets{udp, tcp}
-	if err := redirectDNS(uint16(udp.LocalAddr().(*net.UDPAddr).Port), uint16(tcp.Addr().(*net.TCPAddr).Port)); err != nil {
+	return &dnsSockets{u, t}, nil
+}
+
+// openDNS opens the sockets at any port, and leads port 53 there.
+func openDNS() (*dnsSockets, error) {
+	s, err := listenDNS(0, 0)
+	if err != nil {
+		return nil, err
+	}
+	if err := redirectDNS(s.ports()); err != nil {
 		s.close()
 		return nil, fmt.Errorf("redirect: %w", err)
 	}
 	return s, nil
+}
+
+// reopenDNS opens the sockets where an earlier daemon had them and where the sandbox's rule still leads, or anew.
+func reopenDNS(udp, tcp uint16) (*dnsSockets, error) {
+	if udp != 0 && tcp != 0 {
+		if s, err := listenDNS(udp, tcp); err == nil {
+			return s, nil
+		}
+	}
+	return openDNS()
 }
 
 // startDNS starts the embedded DNS of a sandbox that is on a user-defined network, if it isn't running.
@@ -90,10 +112,13 @@ func (c *Controller) startDNS(sb *sandbox, ns *warmNS, u *undo) (err error) {
 		}
 	}
 	if d.dnsSockets, ns.dns = ns.dns, nil; d.dnsSockets == nil {
-		if err := inNamespace(ns.fd, func() (err error) { d.dnsSockets, err = openDNS(); return err }); err != nil {
+		if err := inNamespace(ns.fd, func() (err error) { d.dnsSockets, err = reopenDNS(sb.dnsPorts[0], sb.dnsPorts[1]); return err }); err != nil {
 			return fmt.Errorf("embedded DNS: %w", err)
 		}
 	}
+	c.mu.Lock()
+	sb.dnsPorts[0], sb.dnsPorts[1] = d.ports()
+	c.mu.Unlock()
 	d.ctx, d.cancel = context.WithCancel(c.ctx)
 	d.wg.Go(d.serveUDP)
 	d.wg.Go(d.serveTCP)

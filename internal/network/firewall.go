@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net/netip"
 	"slices"
 	"sync"
@@ -24,7 +23,6 @@ type firewall struct {
 	mu    sync.Mutex
 	conn  *nftables.Conn
 	table *nftables.Table
-	log   *slog.Logger
 
 	bridges  *nftables.Set    // names of our bridges
 	same     *nftables.Set    // bridge . the same bridge
@@ -49,12 +47,12 @@ const (
 
 var errNoTable = errors.New("no such table")
 
-func newFirewall(ns namespace, table string, log *slog.Logger) (*firewall, error) {
+func newFirewall(ns namespace, table string) (*firewall, error) {
 	conn, err := openNftables(ns)
 	if err != nil {
 		return nil, err
 	}
-	f := &firewall{conn: conn, log: log, table: &nftables.Table{Family: nftables.TableFamilyINet, Name: table}}
+	f := &firewall{conn: conn, table: &nftables.Table{Family: nftables.TableFamilyINet, Name: table}}
 	f.defineSets()
 	return f, nil
 }

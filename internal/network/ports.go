@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 
@@ -21,13 +20,13 @@ import (
 // portTable knows the host ports of this daemon's containers. Ports of others are found by binding: every published port
 // is held by a socket, so that nobody else takes it and believes to be reachable.
 type portTable struct {
-	ns namespace
-	mu sync.Mutex
-	// used maps to the last port given out of a range, by range, for the next one to be another.
-	used  map[hostPort]struct{}
-	last  map[string]uint16
-	begin uint16
-	end   uint16
+	ns   namespace
+	mu   sync.Mutex
+	used map[hostPort]struct{}
+	// last are the last ports given out of ranges: the next one is another.
+	last map[string]uint16
+	// begin and end are the range for ports that nobody chose.
+	begin, end uint16
 }
 
 type hostPort struct {
@@ -73,6 +72,9 @@ func portRequests(s *Spec) ([]portRequest, error) {
 			start, end, err := hostPortRange(b.HostPort)
 			if err != nil {
 				return nil, err
+			}
+			if b.HostIP.Zone() != "" {
+				return nil, fault.New(errdefs.ErrInvalidArgument, "invalid host IP %s: addresses with a zone are not supported", b.HostIP)
 			}
 			same := func(r portRequest) bool {
 				return r.proto == port.Proto() && r.port == port.Num() && r.start == start && r.end == end && !slices.Contains(r.hosts, b.HostIP.Unmap())
@@ -269,7 +271,7 @@ func bindPort(proto network.IPProtocol, addr netip.AddrPort) (_ *heldPort, err e
 	}
 	var sa unix.Sockaddr = &unix.SockaddrInet4{Port: int(addr.Port()), Addr: as4(addr.Addr())}
 	if addr.Addr().Is6() {
-		family, sa = unix.AF_INET6, &unix.SockaddrInet6{Port: int(addr.Port()), Addr: addr.Addr().As16(), ZoneId: zoneID(addr.Addr())}
+		family, sa = unix.AF_INET6, &unix.SockaddrInet6{Port: int(addr.Port()), Addr: addr.Addr().As16()}
 	}
 	fd, err := unix.Socket(family, typ|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, number)
 	if proto == network.SCTP && (errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.ESOCKTNOSUPPORT)) {
@@ -320,9 +322,4 @@ func as4(a netip.Addr) (out [4]byte) {
 		out = a.As4()
 	}
 	return out
-}
-
-func zoneID(a netip.Addr) uint32 {
-	n, _ := strconv.ParseUint(a.Zone(), 10, 32)
-	return uint32(n)
 }

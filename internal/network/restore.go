@@ -63,7 +63,7 @@ func (c *Controller) adopt(r Restored) error {
 			return err
 		}
 	}
-	sb := &sandbox{spec: *r.Spec, id: rec.ID, key: rec.Key, resolvConf: rec.ResolvConf, linkLines: rec.LinkLines, dnsWanted: rec.DNS}
+	sb := &sandbox{spec: *r.Spec, id: rec.ID, key: rec.Key, resolvConf: rec.ResolvConf, linkLines: rec.LinkLines, dnsWanted: rec.DNS, dnsPorts: rec.DNSPorts}
 	sb.spec.Endpoints = cloneEndpoints(r.Spec.Endpoints)
 	if sb.linkLines == nil {
 		sb.linkLines = map[string]string{}

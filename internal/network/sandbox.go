@@ -43,6 +43,8 @@ type sandbox struct {
 	dns  *dnsServer
 	// dnsWanted is true from the first user-defined network on: resolv.conf points to the embedded DNS then.
 	dnsWanted bool
+	// dnsPorts are where it listens, UDP and TCP, also after the daemon is gone.
+	dnsPorts [2]uint16
 }
 
 // endpoint is a container's connection to one network.
@@ -226,6 +228,7 @@ type sandboxRecord struct {
 	ResolvConf string
 	LinkLines  map[string]string
 	DNS        bool
+	DNSPorts   [2]uint16
 }
 
 type endpointRecord struct {
@@ -248,7 +251,7 @@ func (c *Controller) save(sb *sandbox) error {
 
 // saveLocked is save with the Controller's lock held.
 func (c *Controller) saveLocked(sb *sandbox) error {
-	r := sandboxRecord{Spec: sb.spec, ID: sb.id, Key: sb.key, Bindings: sb.bindings, ResolvConf: sb.resolvConf, LinkLines: sb.linkLines, DNS: sb.dnsWanted}
+	r := sandboxRecord{Spec: sb.spec, ID: sb.id, Key: sb.key, Bindings: sb.bindings, ResolvConf: sb.resolvConf, LinkLines: sb.linkLines, DNS: sb.dnsWanted, DNSPorts: sb.dnsPorts}
 	for _, ep := range sb.endpoints {
 		r.Endpoints = append(r.Endpoints, endpointRecord{ep.ID, ep.net.ID, ep.IfName, ep.asked, ep.MAC, ep.V4, ep.V6})
 	}
