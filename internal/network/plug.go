@@ -49,7 +49,7 @@ func (c *Controller) plug(ep *endpoint, fd int, rt *rtConn, u *undo) error {
 	u.add(func() error { return c.unplug(ep) })
 	steps := addVeth(vethSpec{
 		host: ep.hostIf(), peer: ep.IfName, alias: c.aliasPrefix() + ep.ID, master: n.index,
-		peerNS: fd, mac: ep.MAC, mtu: n.opts.MTU, isolated: !n.opts.ICC,
+		peerNS: fd, mac: ep.MAC, mtu: n.opts.MTU, isolated: !n.opts.ICC, ipv6: c.hasIPv6,
 	})
 	if err := c.rt.run(append(steps, linkUp(ep.hostIf(), 0))...); err != nil {
 		return err

@@ -191,7 +191,12 @@ type vethSpec struct {
 	mtu        int
 	// isolated keeps the bridge from passing frames between this port and others that are isolated too.
 	isolated bool
+	// ipv6 says that the host has it.
+	ipv6 bool
 }
+
+// addrGenNone is IN6_ADDR_GEN_MODE_NONE of linux/if_link.h.
+const addrGenNone = 1
 
 // addVeth makes the pair, both ends down, the host's on its bridge.
 func addVeth(v vethSpec) []rtStep {
@@ -226,6 +231,13 @@ func addVeth(v vethSpec) []rtStep {
 		data.AddRtAttr(nl.IFLA_BRPORT_ISOLATED, []byte{1})
 	}
 	set.AddData(port)
+	// A bridge's port needs no addresses of its own: without, the host isn't reachable by a link-local one that nobody knows
+	// of, and coming up is cheaper.
+	if v.ipv6 {
+		family := nl.NewRtAttr(unix.IFLA_AF_SPEC, nil)
+		family.AddRtAttr(unix.AF_INET6, nil).AddRtAttr(unix.IFLA_INET6_ADDR_GEN_MODE, []byte{addrGenNone})
+		set.AddData(family)
+	}
 
 	return []rtStep{
 		{"create interface pair " + v.host, create},
