@@ -18,12 +18,14 @@ import (
 	"path/filepath"
 	"time"
 
+	"dolium/internal/logs"
+
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 )
 
 // ProtocolVersion grows when an older peer would misunderstand.
-const ProtocolVersion = 1
+const ProtocolVersion = 2
 
 // SocketPath is the keeper's socket below an exec-root.
 func SocketPath(execRoot string) string { return filepath.Join(execRoot, "keeper.sock") }
@@ -112,11 +114,11 @@ type IO struct {
 	StdinOnce bool `json:"stdinOnce,omitempty"`
 }
 
-// Log says where output is written; the fields are those of package logs.
+// Log says where output is written. The options come parsed: what parses them is as large as the rest of the keeper.
 type Log struct {
-	Driver  string            `json:"driver"`
+	// Path is the file; empty writes none.
 	Path    string            `json:"path,omitempty"`
-	Options map[string]string `json:"options,omitempty"`
+	Options logs.Options      `json:"options"`
 	Attrs   map[string]string `json:"attrs,omitempty"`
 }
 

@@ -17,6 +17,7 @@ import (
 
 	"dolium/internal/isolation"
 	"dolium/internal/keeper"
+	"dolium/internal/logs"
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/moby/api/types/container"
@@ -103,11 +104,15 @@ func (d *Driver) Create(ctx context.Context, s *isolation.Spec) (isolation.Insta
 	if err != nil {
 		return nil, err
 	}
+	log, err := keeperLog(&s.Log)
+	if err != nil {
+		return nil, err
+	}
 	err = d.keeper.Create(ctx, s.ID, &keeper.Create{
 		Spec:          spec,
 		Seccomp:       filter,
 		IO:            keeper.IO{OpenStdin: s.Process.OpenStdin, StdinOnce: s.Process.StdinOnce},
-		Log:           keeper.Log{Driver: s.Log.Driver, Path: s.Log.Path, Options: s.Log.Options, Attrs: s.Log.Attrs},
+		Log:           log,
 		Runtime:       s.RuntimePath,
 		RuntimeArgs:   s.RuntimeArgs,
 		SystemdCgroup: s.SystemdCgroup,
@@ -120,6 +125,14 @@ func (d *Driver) Create(ctx context.Context, s *isolation.Spec) (isolation.Insta
 		return nil, errors.Join(err, d.keeper.Delete(ctx, keeper.Key{ID: s.ID}))
 	}
 	return d.instance(s.ID), nil
+}
+
+func keeperLog(l *isolation.LogSpec) (keeper.Log, error) {
+	if l.Driver == logs.None {
+		return keeper.Log{}, nil
+	}
+	o, err := logs.ParseOptions(l.Driver, l.Options)
+	return keeper.Log{Path: l.Path, Options: o, Attrs: l.Attrs}, err
 }
 
 // Adopt implements isolation.Driver.

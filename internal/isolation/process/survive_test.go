@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -280,7 +282,7 @@ func TestExitWhileTheKeeperIsDeadIsKnown(t *testing.T) {
 
 func TestStartInterruptedByDeathOfTheKeeperEndsInARunningContainer(t *testing.T) {
 	h := newHost(t)
-	for n := range 24 {
+	for n := range 16 {
 		s := h.spec("echo started; sleep 100")
 		i := h.create(s)
 		hello, err := h.d.keeper.Hello(t.Context())
@@ -338,4 +340,119 @@ func TestContainerLivesOnWithoutTheDaemon(t *testing.T) {
 	if o, _ := h.logged(s); o != "one\ntwo\n" {
 		t.Errorf("log %q", o)
 	}
+}
+
+func TestKeeperIsReplacedInPlaceByANewerBinary(t *testing.T) {
+	h := newHost(t)
+	for _, terminal := range []bool{false, true} {
+		s := h.spec("while read line; do echo got $line; [ $line = bye ] && exit 9; done", func(s *isolation.Spec) {
+			s.Process.Terminal, s.Process.OpenStdin = terminal, true
+		})
+		ses := h.session(s)
+		ses.say("one\n")
+		ses.expect("got one")
+		before, err := h.d.keeper.Hello(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw, err := os.ReadFile(h.config.KeeperPath)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.config.KeeperPath = filepath.Join(h.dir, fmt.Sprintf("newer-keeper-%v", terminal))
+		if err := os.WriteFile(h.config.KeeperPath, raw, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		newer, err := New(t.Context(), h.config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.d.keeper.Close()
+		h.d = newer
+		if ses.i, err = newer.Adopt(t.Context(), s.ID); err != nil {
+			t.Fatal(err)
+		}
+		after, err := h.d.keeper.Hello(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if after.Build == before.Build || after.Worker != before.Worker || after.Guard != before.Guard {
+			t.Errorf("before %+v, after %+v", before, after)
+		}
+		ses.say("two\n")
+		ses.expect("got two") // the old daemon's client lives on, too
+		ses.say("bye\n")
+		if exit := ses.end(); exit.Code != 9 || exit.Error != "" {
+			t.Errorf("exit %+v", exit)
+		}
+		if o, _ := h.logged(s); strings.Count(o, "got two") != 1 {
+			t.Errorf("log: %q", o)
+		}
+	}
+}
+
+func TestClientThatDoesNotReadHoldsUpNobodyOnceItIsGone(t *testing.T) {
+	h := newHost(t)
+	const lines = 600_000 // 4 MB
+	s := h.spec(fmt.Sprintf("seq 1 %d", lines))
+	i := h.create(s)
+	attach := func() isolation.Stream {
+		a, err := i.Attach(t.Context(), isolation.AttachOptions{Stdout: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a
+	}
+	lazy, eager := attach(), attach()
+	var got lockedBuffer
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		stdcopy.StdCopy(&got, io.Discard, eager)
+	}()
+	if err := i.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for size, same := 0, 0; same < 20; time.Sleep(20 * time.Millisecond) { // until it stands still
+		if n := len(got.String()); n == size && n > 0 {
+			same++
+		} else {
+			size, same = n, 0
+		}
+	}
+	if n := len(got.String()); n < 1<<20 || n > 3<<20 {
+		t.Errorf("the other client has %d bytes", n)
+	}
+	lazy.Close()
+	<-done
+	if exit, err := i.Wait(t.Context()); err != nil || exit.Code != 0 {
+		t.Errorf("exit %+v, %v", exit, err)
+	}
+	eager.Close()
+	var want strings.Builder
+	for n := 1; n <= lines; n++ {
+		fmt.Fprintln(&want, n)
+	}
+	if got.String() != want.String() {
+		t.Error(difference(got.String(), want.String()))
+	}
+	if o, _ := h.logged(s); o != want.String() {
+		t.Error("log: ", difference(o, want.String()))
+	}
+}
+
+func TestManyContainersStartAndEndAtOnce(t *testing.T) {
+	h := newHost(t)
+	var all sync.WaitGroup
+	for n := range 20 {
+		all.Go(func() {
+			sub := *h
+			s := sub.spec(fmt.Sprintf("echo %d; exit %d", n, n))
+			o, _, exit := sub.run(s)
+			if o != fmt.Sprintf("%d\n", n) || exit.Code != n {
+				t.Errorf("container %d: output %q, exit %+v", n, o, exit)
+			}
+		})
+	}
+	all.Wait()
 }

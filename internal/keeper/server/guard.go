@@ -8,6 +8,8 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	goruntime "runtime"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -34,7 +36,7 @@ const (
 	msgReady   = "ready"   // I serve now
 	msgPut     = "put"     // hold this descriptor under Key
 	msgDrop    = "drop"    // let go of Key
-	msgUpgrade = "upgrade" // become Binary; the descriptor is its sealed copy
+	msgUpgrade = "upgrade" // become Binary, which the descriptor is of
 	// Guard to worker.
 	msgFD     = "fd"     // a descriptor, under Key
 	msgDone   = "done"   // that was everything
@@ -93,6 +95,7 @@ type inheritance struct {
 const inheritanceEnv = "_DOLIUM_KEEPER_INHERITANCE"
 
 func runGuard(args identity, log *slog.Logger) error {
+	goruntime.GOMAXPROCS(1)
 	in, err := readInheritance()
 	if err != nil {
 		return err
@@ -117,7 +120,7 @@ func runGuard(args identity, log *slog.Logger) error {
 	return g.reapForever()
 }
 
-// spawn starts a worker. It runs the same sealed copy of the binary as the guard.
+// spawn starts a worker. It runs the guard's own binary, whatever is at its path by now.
 func (g *guard) spawn() error {
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -139,12 +142,18 @@ func (g *guard) spawn() error {
 	return nil
 }
 
+// idleTime is how long the guard is quiet before it gives memory back.
+const idleTime = 5 * time.Second
+
 // serve answers one worker until it is gone.
 func (g *guard) serve(sock int) {
 	defer unix.Close(sock)
 	buf := make([]byte, maxMessage)
+	quiet := time.AfterFunc(idleTime, debug.FreeOSMemory)
+	defer quiet.Stop()
 	for {
 		m, fd, err := receiveMessage(sock, buf)
+		quiet.Reset(idleTime)
 		if errors.Is(err, io.EOF) {
 			return
 		}
@@ -236,13 +245,13 @@ func (g *guard) reapForever() error {
 			return nil // it was asked to stop and holds nothing
 		}
 		// A worker that dies again and again must not burn the host's CPUs.
-		if time.Since(last) > time.Minute {
+		if time.Since(last) > 10*time.Second {
 			failures = 0
 		}
 		failures, last = failures+1, time.Now()
 		g.log.Warn("worker ended, starting another", "pid", pid, "status", exitCode(status), "failures", failures)
-		if failures > 3 {
-			time.Sleep(min(time.Duration(failures)*200*time.Millisecond, 5*time.Second))
+		if failures > 10 {
+			time.Sleep(min(time.Duration(failures-10)*100*time.Millisecond, 5*time.Second))
 		}
 		for g.spawn() != nil {
 			time.Sleep(time.Second) // out of processes or memory; nothing else to do than to try again

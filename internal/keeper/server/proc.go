@@ -120,14 +120,11 @@ func (p *proc) prepare() error {
 
 func (p *proc) openLog() error {
 	l := p.rec.Log
-	if l == nil || l.Driver == logs.None || p.log != nil {
+	if l == nil || l.Path == "" || p.log != nil {
 		return nil
 	}
-	o, err := logs.ParseOptions(l.Driver, l.Options)
-	if err != nil {
-		return err
-	}
-	p.log, err = logs.Open(l.Path, o, l.Attrs)
+	var err error
+	p.log, err = logs.Open(l.Path, l.Options, l.Attrs)
 	return err
 }
 

@@ -37,9 +37,8 @@ func (b *builtin) keepProfile(raw []byte) (string, error) {
 	sum := sha256.Sum256(raw)
 	name := hex.EncodeToString(sum[:])
 	b.mu.Lock()
-	known := b.filters[name] != nil
-	b.mu.Unlock()
-	if known {
+	defer b.mu.Unlock()
+	if b.filters[name] != nil {
 		return name, nil
 	}
 	if _, err := parseProfile(raw); err != nil {

@@ -16,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// msgUpgraded is the guard's answer to msgUpgrade, from its new self, with a descriptor of the sealed binary.
+// msgUpgraded is the guard's answer to msgUpgrade, from its new self, once it runs the other binary.
 const msgUpgraded = "upgraded"
 
 // upgrade replaces guard and worker by another binary, in place: PIDs, children and streams stay. The caller's
@@ -29,7 +29,7 @@ func (w *worker) upgrade(binary string) error {
 	if v, err := strconv.Atoi(strings.TrimSpace(string(out))); err != nil || v < keeper.ProtocolVersion {
 		return fmt.Errorf("upgrade to %s: it speaks protocol %q", binary, out)
 	}
-	exe, build, err := sealedCopy(binary)
+	exe, build, err := openBinary(binary)
 	if err != nil {
 		return fmt.Errorf("upgrade: %w", err)
 	}

@@ -274,8 +274,9 @@ func (w *worker) create(k keeper.Key, c *keeper.Create) error {
 	if !validID.MatchString(k.ID) || k.Exec != "" || c == nil || c.Spec == nil || c.Spec.Process == nil || c.Spec.Linux == nil {
 		return fmt.Errorf("malformed request to create %q: %w", k, errdefs.ErrInvalidArgument)
 	}
+	log := c.Log // not a pointer into the request, which is large
 	rec := record{
-		Key: k, Status: created, Terminal: c.Spec.Process.Terminal, IO: c.IO, Log: &c.Log,
+		Key: k, Status: created, Terminal: c.Spec.Process.Terminal, IO: c.IO, Log: &log,
 		Runtime: c.Runtime, RuntimeArgs: c.RuntimeArgs, SystemdCgroup: c.SystemdCgroup,
 		Cgroup:    cgroup{Path: c.Spec.Linux.CgroupsPath, Systemd: c.SystemdCgroup},
 		SharedPID: sharesPID(c.Spec),
