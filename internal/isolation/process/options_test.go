@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"dolium/internal/isolation"
+	"dolium/internal/logs"
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/moby/api/types/container"
@@ -422,5 +423,91 @@ func TestExternalRuntimesRunContainersToo(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+func TestContainerJoinsItsNetworkNamespace(t *testing.T) {
+	h := newHost(t)
+	other := exec.Command("unshare", "--net", "sleep", "60")
+	if err := other.Start(); err != nil {
+		t.Skip(err)
+	}
+	defer func() {
+		other.Process.Kill()
+		other.Wait()
+	}()
+	path := fmt.Sprintf("/proc/%d/ns/net", other.Process.Pid)
+	for range 100 { // until it has left ours
+		a, _ := os.Readlink(path)
+		b, _ := os.Readlink("/proc/self/ns/net")
+		if a != b {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	want, err := os.Readlink(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o, _, _ := h.run(h.spec("readlink /proc/self/ns/net; cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/net/ipv4/ip_forward; ls /sys/class/net", func(s *isolation.Spec) {
+		s.NetNS, s.Host.NetworkMode = path, "bridge"
+		s.Host.Sysctls = map[string]string{"net.ipv4.ip_forward": "1"}
+	}))
+	if o != want+"\n0\n1\nlo\n" {
+		t.Errorf("output %q", o)
+	}
+}
+
+func TestLongAndUnfinishedLinesAreLoggedAsDockerDoes(t *testing.T) {
+	h := newHost(t)
+	s := h.spec("head -c 40000 /dev/zero | tr '\\0' x; echo; printf end")
+	o, _, _ := h.run(s)
+	if want := strings.Repeat("x", 40000) + "\nend"; o != want {
+		t.Errorf("client: %s", difference(o, want))
+	}
+	var pieces []int
+	err := logs.Read(t.Context(), s.Log.Path, logs.ReadOptions{Tail: -1}, func(e logs.Entry) error {
+		pieces = append(pieces, len(e.Line))
+		return nil
+	})
+	if err != nil || fmt.Sprint(pieces) != "[16384 16384 7233 4]" {
+		t.Errorf("logged pieces %v, %v", pieces, err)
+	}
+}
+
+func TestMountsPropagateAsAsked(t *testing.T) {
+	h := newHost(t)
+	shared := filepath.Join(h.dir, "shared")
+	if err := os.MkdirAll(filepath.Join(shared, "sub"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"--bind", shared, shared}, {"--make-shared", shared}} {
+		if out, err := exec.Command("mount", args...).CombinedOutput(); err != nil {
+			t.Fatalf("mount: %s", out)
+		}
+	}
+	defer exec.Command("umount", "-R", "-l", shared).Run()
+	mount := func(how string) func(*isolation.Spec) {
+		return func(s *isolation.Spec) {
+			s.Host.Privileged = true
+			s.Mounts = []isolation.Mount{{Source: shared, Target: "/m", Type: "bind", Options: []string{"rbind", how}}}
+		}
+	}
+	for how, seen := range map[string]bool{"rshared": true, "rprivate": false} {
+		h.run(h.spec("mount -t tmpfs x /m/sub && touch /m/sub/file", mount(how)))
+		_, err := os.Stat(filepath.Join(shared, "sub/file"))
+		if (err == nil) != seen {
+			t.Errorf("%s: the container's mount on the host: %v", how, err)
+		}
+		exec.Command("umount", filepath.Join(shared, "sub")).Run()
+	}
+	_, err := h.d.Create(t.Context(), h.spec("true", func(s *isolation.Spec) {
+		private := t.TempDir()
+		exec.Command("mount", "--bind", "--make-private", private, private).Run()
+		t.Cleanup(func() { exec.Command("umount", "-l", private).Run() })
+		s.Mounts = []isolation.Mount{{Source: private, Target: "/m", Type: "bind", Options: []string{"rshared"}}}
+	}))
+	if err == nil || !strings.Contains(err.Error(), "but it is not a shared mount") {
+		t.Errorf("shared from a private mount: %v", err)
 	}
 }

@@ -26,20 +26,25 @@ func newPoller() (*poller, error) {
 	return &poller{ep: ep, funcs: map[uint64]func(){}}, nil
 }
 
-// watch has f called once, the next time fd is readable or hung up; arm asks for the next call.
-func (p *poller) watch(fd int, f func()) (uint64, error) {
+// register returns a handle for f, to watch a descriptor with.
+func (p *poller) register(f func()) uint64 {
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	p.next++
-	id := p.next
-	p.funcs[id] = f
-	p.mu.Unlock()
+	p.funcs[p.next] = f
+	return p.next
+}
+
+// watch has the handle's function called once, the next time fd is readable or hung up; arm asks for the next call. The
+// function may run before watch returns.
+func (p *poller) watch(fd int, id uint64) error {
+	p.mu.Lock() // so that the function sees what its registrant wrote before
+	defer p.mu.Unlock()
 	if err := unix.EpollCtl(p.ep, unix.EPOLL_CTL_ADD, fd, event(id)); err != nil {
-		p.mu.Lock()
 		delete(p.funcs, id)
-		p.mu.Unlock()
-		return 0, fmt.Errorf("epoll: %w", err)
+		return fmt.Errorf("epoll: %w", err)
 	}
-	return id, nil
+	return nil
 }
 
 // ONESHOT: while the function runs, the descriptor is nobody else's.

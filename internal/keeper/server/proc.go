@@ -245,9 +245,8 @@ func (p *proc) watchAll() error {
 			return err
 		}
 	}
-	var err error
-	p.pidWatch, err = p.w.poller.watch(p.pidfd, p.processEnded)
-	return err
+	p.pidWatch = p.w.poller.register(p.processEnded)
+	return p.w.poller.watch(p.pidfd, p.pidWatch)
 }
 
 // fail undoes a start.

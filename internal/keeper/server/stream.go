@@ -365,12 +365,8 @@ func (s *stream) begin() error {
 		s.finish()
 		return nil
 	}
-	id, err := s.p.w.poller.watch(s.src, s.pump)
-	if err != nil {
-		return err
-	}
-	s.watch = id
-	return nil
+	s.watch = s.p.w.poller.register(s.pump)
+	return s.p.w.poller.watch(s.src, s.watch)
 }
 
 func (s *stream) closeSource() {
