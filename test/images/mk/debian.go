@@ -123,8 +123,15 @@ func debianLayers(ctx context.Context, b *Builder, key string, _ *Image) ([]laye
 	}
 	in := made.(baseIngredients)
 	root := filepath.Join(b.Cache, "rootfs", key)
-	if err := os.RemoveAll(root); err != nil {
+	// Roots of earlier recipes go too: images that were made in them are complete without.
+	earlier, err := filepath.Glob(filepath.Join(b.Cache, "rootfs", "*"))
+	if err != nil {
 		return nil, err
+	}
+	for _, dir := range earlier {
+		if err := os.RemoveAll(dir); err != nil {
+			return nil, err
+		}
 	}
 	work, err := os.MkdirTemp(filepath.Join(b.Cache, "tmp"), "base-")
 	if err != nil {
@@ -150,11 +157,7 @@ func debianLayers(ctx context.Context, b *Builder, key string, _ *Image) ([]laye
 	if err != nil {
 		return nil, err
 	}
-	lists := root + ".lists"
-	if err := os.RemoveAll(lists); err != nil {
-		return nil, err
-	}
-	if err := os.Rename(filepath.Join(work, "lists"), lists); err != nil {
+	if err := os.Rename(filepath.Join(work, "lists"), root+".lists"); err != nil {
 		return nil, err
 	}
 	return []layer{l}, os.Rename(filepath.Join(work, "root"), root)

@@ -25,21 +25,23 @@ make_cluster() {
 	from_file POSTGRES_DB
 	POSTGRES_USER=${POSTGRES_USER:-postgres}
 	POSTGRES_DB=${POSTGRES_DB:-$POSTGRES_USER}
-	local method=${POSTGRES_HOST_AUTH_METHOD:-} password=()
+	local method=${POSTGRES_HOST_AUTH_METHOD:-} password=
 	if [ -n "$POSTGRES_PASSWORD" ]; then
 		method=${method:-scram-sha-256}
-		password=(--pwfile=<(printf '%s\n' "$POSTGRES_PASSWORD"))
+		# Opened by the command that reads it, and in no file that could be left behind.
+		# shellcheck disable=SC2016 # evaluated below
+		password='--pwfile=<(printf "%s\n" "$POSTGRES_PASSWORD")'
 	else
 		method=${method:-trust}
 		if [ "$method" = trust ]; then
 			echo >&2 "WARNING: no password has been set for the database; anyone who can reach it can use it. Set POSTGRES_PASSWORD to change that."
 		fi
 	fi
-	# shellcheck disable=SC2086 # several arguments in one variable are the interface
-	eval initdb --username='"$POSTGRES_USER"' '"${password[@]}"' $POSTGRES_INITDB_ARGS
+	eval "initdb --username=\"\$POSTGRES_USER\" $password ${POSTGRES_INITDB_ARGS:-}"
 	printf '\nhost all all all %s\n' "$method" >>"$PGDATA/pg_hba.conf"
 
 	pg_ctl -D "$PGDATA" -o "-c listen_addresses='' -p 5432" -w start >/dev/null
+	local -x PGPASSWORD=$POSTGRES_PASSWORD
 	local sql=(psql -v ON_ERROR_STOP=1 --no-psqlrc --username "$POSTGRES_USER" --no-password)
 	if [ "$POSTGRES_DB" != postgres ]; then
 		"${sql[@]}" --dbname postgres --set db="$POSTGRES_DB" <<<'CREATE DATABASE :"db";'

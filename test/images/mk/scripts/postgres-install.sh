@@ -5,10 +5,11 @@ version=$(apt-cache depends postgresql | sed -n 's/^ *Depends: postgresql-\([0-9
 
 # The server and its client are unpacked rather than installed: Debian's management of clusters around them, with the Perl
 # it needs, has no use in a container; nor has the compiler of queries, which is bigger than all the rest.
+# shellcheck disable=SC2046 # names of packages
 install $(apt-cache depends "postgresql-$version" "postgresql-client-$version" |
 	sed -n 's/^ *Depends: //p' | sort -u |
 	grep -vE '^(<|postgresql|perl|libllvm|locales|debconf|ssl-cert|libjson-perl|sensible|netbase|adduser|sysvinit)') libpq5
-cd /tmp
+cd /tmp || exit 1
 apt-get download -qq "postgresql-$version" "postgresql-client-$version"
 for deb in postgresql-*.deb; do
 	dpkg-deb -x "$deb" /tmp/unpacked
