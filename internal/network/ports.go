@@ -178,7 +178,7 @@ func (t *portTable) reserve(proto network.IPProtocol, hosts []netip.Addr, start,
 			return port, nil
 		}
 		if start == end {
-			return 0, fmt.Errorf("Bind for %s failed: port is already allocated", netip.AddrPortFrom(clash, port))
+			return 0, fault.New(errdefs.ErrInternal, "Bind for %s failed: port is already allocated", netip.AddrPortFrom(clash, port))
 		}
 	}
 	return 0, errors.New("all ports are allocated")
