@@ -1,10 +1,12 @@
 package process
 
 import (
+	"errors"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"dolium/internal/fault"
 	"dolium/internal/isolation"
@@ -13,6 +15,7 @@ import (
 	"github.com/moby/sys/mount"
 	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 )
 
 // systemMounts are those every container has, in order.
@@ -89,6 +92,13 @@ func userMount(spec *specs.Spec, m *isolation.Mount) (specs.Mount, error) {
 		if !slices.Contains(m.Options, "bind") && !slices.Contains(m.Options, "rbind") {
 			sm.Options = append([]string{"rbind"}, m.Options...)
 		}
+		if slices.Contains(sm.Options, "rbind") && recursiveReadOnly() {
+			// Read-only means what is mounted below as well, as with Docker.
+			sm.Options = slices.Clone(sm.Options)
+			if i := slices.Index(sm.Options, "ro"); i >= 0 {
+				sm.Options[i] = "rro"
+			}
+		}
 		if err := propagate(spec, m); err != nil {
 			return sm, err
 		}
@@ -100,6 +110,12 @@ func userMount(spec *specs.Spec, m *isolation.Mount) (specs.Mount, error) {
 	}
 	return sm, nil
 }
+
+// recursiveReadOnly says whether the kernel has mount_setattr(2): Linux 5.12.
+var recursiveReadOnly = sync.OnceValue(func() bool {
+	err := unix.MountSetattr(-1, "", 0, &unix.MountAttr{})
+	return !errors.Is(err, unix.ENOSYS)
+})
 
 func isPropagation(o string) bool {
 	switch o {

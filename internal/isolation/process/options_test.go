@@ -501,6 +501,14 @@ func TestMountsPropagateAsAsked(t *testing.T) {
 		}
 		exec.Command("umount", filepath.Join(shared, "sub")).Run()
 	}
+	if out, err := exec.Command("mount", "-t", "tmpfs", "x", filepath.Join(shared, "sub")).CombinedOutput(); err != nil {
+		t.Fatalf("mount: %s", out)
+	}
+	if _, e, _ := h.run(h.spec("touch /m/sub/x", func(s *isolation.Spec) {
+		s.Mounts = []isolation.Mount{{Source: shared, Target: "/m", Type: "bind", Options: []string{"rbind", "ro"}}}
+	})); !strings.Contains(e, "Read-only file system") {
+		t.Errorf("a mount below a read-only one: %q", e)
+	}
 	_, err := h.d.Create(t.Context(), h.spec("true", func(s *isolation.Spec) {
 		private := t.TempDir()
 		exec.Command("mount", "--bind", "--make-private", private, private).Run()

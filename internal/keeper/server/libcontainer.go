@@ -23,12 +23,18 @@ type builtin struct {
 	w *worker
 
 	mu         sync.Mutex
-	containers map[string]*libcontainer.Container
+	containers map[string]container
 	filters    map[string]*filter // by name
 }
 
+// container is a container in memory; stub says that its configuration has the stub of its seccomp profile.
+type container struct {
+	*libcontainer.Container
+	stub bool
+}
+
 func newBuiltin(w *worker) *builtin {
-	return &builtin{w: w, containers: map[string]*libcontainer.Container{}, filters: map[string]*filter{}}
+	return &builtin{w: w, containers: map[string]container{}, filters: map[string]*filter{}}
 }
 
 func (b *builtin) root() string { return filepath.Join(b.w.args.dir(), "rt") }
@@ -50,10 +56,11 @@ func (b *builtin) Create(p *proc, io stdio) (pid, master int, err error) {
 	if err != nil {
 		return 0, -1, err
 	}
-	config.Seccomp = filter.profile
+	stands, memo, stub := b.chosen(filter)
+	config.Seccomp = stands
 	// The bundle is where runtimes look for a config.json; there is none any more when it runs.
 	config.Labels = nil
-	container, err := libcontainer.Create(b.root(), p.rec.ID, config)
+	c, err := libcontainer.Create(b.root(), p.rec.ID, config)
 	if err != nil {
 		return 0, -1, err
 	}
@@ -62,8 +69,8 @@ func (b *builtin) Create(p *proc, io stdio) (pid, master int, err error) {
 		return 0, -1, err
 	}
 	process.Init = true
-	b.pass(filter, process)
-	master, err = runWithIO(container, process, io)
+	process.PidfdSocket = memo // see memoEnv
+	master, err = runWithIO(c, process, io)
 	if err != nil {
 		return 0, -1, fmt.Errorf("OCI runtime create failed: %w", startError(err))
 	}
@@ -71,7 +78,7 @@ func (b *builtin) Create(p *proc, io stdio) (pid, master int, err error) {
 		return 0, -1, err
 	}
 	b.mu.Lock()
-	b.containers[p.rec.ID] = container
+	b.containers[p.rec.ID] = container{c, stub}
 	b.mu.Unlock()
 	return pid, master, nil
 }
@@ -144,38 +151,39 @@ var rlimits = map[string]int{
 	"RLIMIT_RTTIME": unix.RLIMIT_RTTIME,
 }
 
-// container returns a workload's container, reading it in after a restart. nil means there is none.
-func (b *builtin) container(id string) (*libcontainer.Container, error) {
+// container returns a workload's container, reading it in after a restart. It is empty when there is none.
+func (b *builtin) container(id string) (container, error) {
 	b.mu.Lock()
-	c := b.containers[id]
+	known, ok := b.containers[id]
 	b.mu.Unlock()
-	if c != nil {
-		return c, nil
+	if ok {
+		return known, nil
 	}
 	c, err := libcontainer.Load(b.root(), id)
 	if errors.Is(err, libcontainer.ErrNotExist) {
-		return nil, nil
+		return container{}, nil
 	}
 	if err != nil {
-		return nil, err
+		return container{}, err
 	}
 	if p, err := b.w.proc(keyOf(id)); err == nil {
 		if f, err := b.filter(p.rec.Seccomp); err == nil && f.profile != nil {
-			*c.Config().Seccomp = *f.profile // Config copies the struct but not what it points to
+			// It may have been the stub. Config copies the struct but not what it points to.
+			*c.Config().Seccomp = *f.profile
 		}
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if known := b.containers[id]; known != nil {
+	if known, ok := b.containers[id]; ok {
 		return known, nil
 	}
-	b.containers[id] = c
-	return c, nil
+	b.containers[id] = container{Container: c}
+	return b.containers[id], nil
 }
 
-func (b *builtin) must(id string) (*libcontainer.Container, error) {
+func (b *builtin) must(id string) (container, error) {
 	c, err := b.container(id)
-	if err == nil && c == nil {
+	if err == nil && c.Container == nil {
 		err = fmt.Errorf("container %s doesn't run", id)
 	}
 	return c, err
@@ -210,8 +218,8 @@ func (b *builtin) Exec(p *proc, io stdio) (pid, master int, err error) {
 	if err != nil {
 		return 0, -1, err
 	}
-	b.pass(filter, process)
-	master, err = runWithIO(c, process, io)
+	process.PidfdSocket = b.memoFor(filter, c.stub)
+	master, err = runWithIO(c.Container, process, io)
 	if err != nil {
 		return 0, -1, fmt.Errorf("OCI runtime exec failed: exec failed: %w", startError(err))
 	}
@@ -221,7 +229,7 @@ func (b *builtin) Exec(p *proc, io stdio) (pid, master int, err error) {
 
 func (b *builtin) KillAll(id string) {
 	c, err := b.container(id)
-	if err != nil || c == nil {
+	if err != nil || c.Container == nil {
 		return
 	}
 	// SIGKILL through libcontainer also thaws what is frozen.
@@ -294,7 +302,7 @@ func (b *builtin) Destroy(p *proc) error {
 	if err != nil {
 		b.w.log.Warn("container is damaged, removing what there is", "id", id, "error", err)
 	}
-	if c != nil {
+	if c.Container != nil {
 		err := c.Destroy()
 		for wait := time.Millisecond; err != nil && wait < time.Second; wait *= 2 {
 			time.Sleep(wait) // a group is busy for a moment after its last process

@@ -44,13 +44,18 @@ const (
 )
 
 // Init must be called from an init function of the main package: the first process of a container is made on the
-// thread that leads the process. It returns unless this process is such a one.
+// thread that leads the process. It returns unless this process is such a one, or one
+// that compiles a filter, which is loaded into that thread.
 func Init() {
 	if len(os.Args) > 1 && os.Args[1] == modeInit && os.Getenv("_LIBCONTAINER_INITPIPE") != "" {
 		// It lives for some milliseconds: collecting garbage would be most of its work.
 		debug.SetGCPercent(-1)
 		useRememberedFilter()
 		libcontainer.Init()
+	}
+	if len(os.Args) == 2 && os.Args[1] == modeFilter {
+		fmt.Fprintln(os.Stderr, "dolium-keeper:", compileFilter())
+		os.Exit(1)
 	}
 }
 
@@ -66,9 +71,6 @@ func run() error {
 	if len(os.Args) == 2 && os.Args[1] == modeVersion {
 		fmt.Println(keeper.ProtocolVersion)
 		return nil
-	}
-	if len(os.Args) == 2 && os.Args[1] == modeFilter {
-		return compileFilter()
 	}
 	if len(os.Args) == 3 && os.Args[1] == modeServe {
 		return serve(os.Args[2])

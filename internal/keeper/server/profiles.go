@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 
 	"github.com/containerd/errdefs"
-	"github.com/opencontainers/runc/libcontainer"
 	"github.com/opencontainers/runc/libcontainer/configs"
 	"github.com/opencontainers/runc/libcontainer/specconv"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -21,6 +20,24 @@ import (
 type filter struct {
 	profile *configs.Seccomp
 	memo    *os.File // nil until it is compiled
+
+	// stub stands for the profile in what libcontainer passes around; stubMemo is the recording of its compilation with
+	// the profile's program in the place of its own. The stub itself forbids everything: if ever the recording isn't
+	// used, nothing runs. Both are nil when the kernel doesn't give a program back.
+	stub     *configs.Seccomp
+	stubMemo *os.File
+}
+
+// stubFor makes the stub of a profile: the same flags, none of its hundreds of rules. Nil when it can't have one.
+func stubFor(p *configs.Seccomp) *configs.Seccomp {
+	for _, call := range p.Syscalls {
+		if call.Action == configs.Notify {
+			return nil // libcontainer must see that
+		}
+	}
+	// Without a tracer this makes every call fail (seccomp(2), SECCOMP_RET_TRACE). Unlike for a plain error,
+	// libcontainer adds nothing to the program then: what it adds is there already.
+	return &configs.Seccomp{DefaultAction: configs.Trace, Flags: p.Flags}
 }
 
 var errNoSeccomp = errors.New("built without seccomp")
@@ -91,24 +108,46 @@ func (b *builtin) filter(name string) (*filter, error) {
 }
 
 func (b *builtin) compile(f *filter) {
-	text, err := json.Marshal(f.profile)
-	if err == nil {
-		var memo *os.File
-		if memo, err = rememberFilter(text); err == nil {
-			b.mu.Lock()
-			f.memo = memo
-			b.mu.Unlock()
-			return
+	memo, program, err := rememberFilter(f.profile)
+	if err != nil {
+		if !errors.Is(err, errNoSeccomp) {
+			b.w.log.Warn("filters of system calls are compiled anew for each container", "error", err)
 		}
+		return
 	}
-	if !errors.Is(err, errNoSeccomp) {
-		b.w.log.Warn("filters of system calls are compiled anew for each container", "error", err)
+	b.mu.Lock()
+	f.memo = memo
+	b.mu.Unlock()
+	stub := stubFor(f.profile)
+	if stub == nil || program == nil {
+		return
 	}
-}
-
-// pass gives a process the recording of its container's filter.
-func (b *builtin) pass(f *filter, p *libcontainer.Process) {
+	stubMemo, err := rememberStub(stub, program)
+	if err != nil {
+		b.w.log.Warn("filters of system calls are passed in full", "error", err)
+		return
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	p.PidfdSocket = f.memo // see memoEnv
+	f.stub, f.stubMemo = stub, stubMemo
+}
+
+// chosen is what a container gets: what stands for its profile, and the recording to go with it (nil is none).
+func (b *builtin) chosen(f *filter) (stands *configs.Seccomp, memo *os.File, isStub bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if f.stubMemo != nil {
+		return f.stub, f.stubMemo, true
+	}
+	return f.profile, f.memo, false
+}
+
+// memoFor is the recording for a further process in a container that got the stub or the profile.
+func (b *builtin) memoFor(f *filter, isStub bool) *os.File {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if isStub {
+		return f.stubMemo
+	}
+	return f.memo
 }

@@ -44,21 +44,29 @@ static size_t program_size;
 
 void seccomp_memo_record(void) { mode = RECORD; }
 
-// memo is what seccomp_memo_take returned in another process. The memory must stay.
-void seccomp_memo_use(const void *memo, size_t size)
+size_t seccomp_memo_calls(const void *memo, size_t size)
 {
 	uint64_t n;
 	if (size < sizeof(n))
-		return;
+		return 0;
 	memcpy(&n, memo, sizeof(n));
-	if (n > (size - sizeof(n)) / sizeof(*calls))
+	if (n == 0 || n > (size - sizeof(n)) / sizeof(*calls))
+		return 0;
+	size_t end = sizeof(n) + n * sizeof(*calls);
+	return size > end && (size - end) % 8 == 0 ? end : 0;
+}
+
+// memo is a recording from another process. The memory must stay.
+void seccomp_memo_use(const void *memo, size_t size)
+{
+	size_t end = seccomp_memo_calls(memo, size);
+	if (end == 0)
 		return;
-	calls = (struct call *)((char *)memo + sizeof(n));
-	ncalls = n;
-	program = calls + n;
-	program_size = size - sizeof(n) - n * sizeof(*calls);
-	if (program_size > 0 && program_size % 8 == 0)
-		mode = REPLAY;
+	calls = (struct call *)((char *)memo + sizeof(uint64_t));
+	ncalls = (end - sizeof(uint64_t)) / sizeof(*calls);
+	program = (char *)memo + end;
+	program_size = size - end;
+	mode = REPLAY;
 }
 
 static void record(const struct call *c)

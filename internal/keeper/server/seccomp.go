@@ -14,9 +14,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
+	goruntime "runtime"
 	"strconv"
+	"time"
 	"unsafe"
 
 	"github.com/opencontainers/runc/libcontainer/configs"
@@ -29,40 +32,59 @@ import (
 const memoEnv = "_LIBCONTAINER_PIDFD_SOCK"
 
 // compileFilter is the throw-away process that compiles the filter it reads from stdin (see seccomp.c). In the end the
-// filter applies to it, so nothing comes after.
+// filter applies to this thread, the process's first, and another one says so: the parent then reads the program back.
 func compileFilter() error {
+	goruntime.LockOSThread()
 	var profile configs.Seccomp
 	if err := json.NewDecoder(os.Stdin).Decode(&profile); err != nil {
 		return err
 	}
+	loaded := make(chan struct{})
+	go func() {
+		<-loaded
+		_, _ = os.Stdout.Write([]byte{1})
+	}()
 	C.seccomp_memo_record()
-	_, err := seccomp.InitSeccomp(&profile)
-	return err
+	if _, err := seccomp.InitSeccomp(&profile); err != nil {
+		return err
+	}
+	close(loaded)
+	select {} // until it is killed
 }
 
-// rememberFilter has a filter compiled and returns the recording in a sealed memfd.
-func rememberFilter(profile []byte) (*os.File, error) {
+// rememberFilter has a filter compiled. It returns the recording in a sealed memfd, and the program that the kernel got
+// in the end, or nil when the kernel doesn't tell.
+func rememberFilter(profile *configs.Seccomp) (memo *os.File, program []byte, err error) {
+	recording, program, err := compileAhead(profile)
+	if err != nil {
+		return nil, nil, fmt.Errorf("compile filter: %w", err)
+	}
+	memo, err = sealed(recording)
+	return memo, program, err
+}
+
+// rememberStub makes a recording in which compiling the stub results in the program.
+func rememberStub(stub *configs.Seccomp, program []byte) (*os.File, error) {
+	recording, _, err := compileAhead(stub)
+	if err != nil {
+		return nil, fmt.Errorf("compile stub: %w", err)
+	}
+	calls := C.seccomp_memo_calls(unsafe.Pointer(&recording[0]), C.size_t(len(recording)))
+	if calls == 0 {
+		return nil, errors.New("compile stub: malformed recording")
+	}
+	return sealed(append(recording[:calls:calls], program...))
+}
+
+func sealed(b []byte) (*os.File, error) {
 	fd, err := unix.MemfdCreate("seccomp", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
 	if err != nil {
 		return nil, err
 	}
 	f := os.NewFile(uintptr(fd), "seccomp")
-	cmd := exec.Command("/proc/self/exe", modeFilter)
-	cmd.Args[0] = "dolium-keeper"
-	cmd.Env = baseEnv()
-	cmd.Stdin, cmd.ExtraFiles = bytes.NewReader(profile), []*os.File{f}
-	err = cmd.Run()
-	info, serr := f.Stat()
-	if serr != nil || info.Size() == 0 {
+	if _, err := f.Write(b); err != nil {
 		f.Close()
-		return nil, fmt.Errorf("compile filter: %w", errors.Join(err, serr))
-	}
-	// The filter may have ended the process in its last moment; what it wrote is whole if it came that far. A recording
-	// that isn't is refused where it is used.
-	var exit *exec.ExitError
-	if err != nil && !(errors.As(err, &exit) && exit.ProcessState.ExitCode() < 0) {
-		f.Close()
-		return nil, fmt.Errorf("compile filter: %w", err)
+		return nil, err
 	}
 	seals := unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_WRITE
 	if _, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, seals); err != nil {
@@ -70,6 +92,71 @@ func rememberFilter(profile []byte) (*os.File, error) {
 		return nil, err
 	}
 	return f, nil
+}
+
+// compileAhead runs the throw-away process.
+func compileAhead(profile *configs.Seccomp) (recording, program []byte, err error) {
+	text, err := json.Marshal(profile)
+	if err != nil {
+		return nil, nil, err
+	}
+	fd, err := unix.MemfdCreate("recording", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, nil, err
+	}
+	out := os.NewFile(uintptr(fd), "recording")
+	defer out.Close()
+	cmd := exec.Command("/proc/self/exe", modeFilter)
+	cmd.Args[0] = "dolium-keeper"
+	cmd.Env = baseEnv()
+	cmd.Stdin, cmd.ExtraFiles = bytes.NewReader(text), []*os.File{out}
+	done, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, nil, err
+	}
+	defer cmd.Wait()
+	defer cmd.Process.Kill()
+	// The filter may have killed it in its last moment; then this is the end of the file.
+	timeout := time.AfterFunc(10*time.Second, func() { cmd.Process.Kill() })
+	defer timeout.Stop()
+	if n, _ := done.Read(make([]byte, 1)); n == 1 {
+		program = loadedProgram(cmd.Process.Pid)
+	}
+	if _, err := out.Seek(0, io.SeekStart); err != nil {
+		return nil, nil, err
+	}
+	recording, err = io.ReadAll(out)
+	if err == nil && C.seccomp_memo_calls(unsafe.Pointer(unsafe.SliceData(recording)), C.size_t(len(recording))) == 0 {
+		err = errors.New("it can't be compiled ahead")
+	}
+	return recording, program, err
+}
+
+// loadedProgram reads back the filter of a process of ours (ptrace(2), PTRACE_SECCOMP_GET_FILTER). It returns nil where
+// the kernel was built without that.
+func loadedProgram(pid int) []byte {
+	const seccompGetFilter = 0x420c
+	goruntime.LockOSThread() // ptrace is between threads
+	defer goruntime.UnlockOSThread()
+	if unix.PtraceSeize(pid) != nil || unix.PtraceInterrupt(pid) != nil {
+		return nil
+	}
+	var status unix.WaitStatus
+	if _, err := unix.Wait4(pid, &status, unix.WALL, nil); err != nil || !status.Stopped() {
+		return nil
+	}
+	n, _, errno := unix.Syscall6(unix.SYS_PTRACE, seccompGetFilter, uintptr(pid), 0, 0, 0, 0)
+	if errno != 0 || n == 0 {
+		return nil
+	}
+	program := make([]byte, 8*n) // struct sock_filter
+	if _, _, errno := unix.Syscall6(unix.SYS_PTRACE, seccompGetFilter, uintptr(pid), 0, uintptr(unsafe.Pointer(&program[0])), 0, 0); errno != 0 {
+		return nil
+	}
+	return program
 }
 
 // useRememberedFilter takes the recording that the worker passed to a container's first process.
