@@ -21,20 +21,24 @@ use_docker() {
   unset DOCKER_CONTEXT DOCKER_TLS_VERIFY DOCKER_CERT_PATH DOCKER_API_VERSION
 }
 
-# running PIDFILE NAME: whether the process of the file is there and is what it was.
+# running PIDFILE NAME: whether the process of the file is there, alive, and what it was.
 running() {
-  local pid
-  [[ -r $1 ]] && read -r pid <"$1" && [[ -n $pid ]] && [[ $(cat "/proc/$pid/comm" 2>/dev/null) == "$2" ]]
+  local pid name state
+  [[ -r $1 ]] || return 1
+  pid=$(<"$1")
+  # "pid (name) state ...": a process that ended and that nobody asked about has state Z.
+  read -r _ name state _ 2>/dev/null <"/proc/${pid:-none}/stat" && [[ $name == "($2)" && $state != Z ]]
 }
 
 # end PIDFILE NAME: stops the process of the file and waits until it is gone.
 end() {
   local pid
   running "$1" "$2" || return 0
-  read -r pid <"$1"
+  pid=$(<"$1")
   kill "$pid" 2>/dev/null || return 0
   for _ in {1..300}; do
-    running "$1" "$2" || return 0
+    # Not by the file, which a daemon removes before it is gone.
+    [[ $(cut -d' ' -f3 "/proc/$pid/stat" 2>/dev/null) =~ ^(Z|)$ ]] && return 0
     sleep 0.1
   done
   die "process $pid ($2) doesn't end"

@@ -25,13 +25,16 @@ keepers() {
   done
 }
 
+failures=0
 if ! running "$run/doliumd.pid" doliumd && [[ -n $(keepers) && -x $bin/doliumd ]]; then
   # Only a daemon can end what a killed one left running.
   say "Starting the daemon once more, to take down what still runs"
+  rm -f "$run/doliumd.pid"
   setsid "$bin/doliumd" --data-root "$root/data" --exec-root "$run" --pidfile "$run/doliumd.pid" -H "unix://$run/dolium.sock" \
     --bridge "$bridge" --cgroup-parent /dolium-demo >>"$root/doliumd.log" 2>&1 </dev/null &
   for _ in {1..200}; do
     docker version >/dev/null 2>&1 && break
+    running "$run/doliumd.pid" doliumd || ((++failures < 10)) || break
     sleep 0.1
   done
 fi
@@ -51,6 +54,18 @@ for pid in $(keepers); do
   kill -KILL "$pid" 2>/dev/null || true # it holds nothing any more
 done
 end "$root/registry.pid" images
+# Nothing of the demonstration outlives it, whatever became of the daemon: its cgroups are below one of their own.
+for _ in {1..50}; do
+  mapfile -t cgroups < <(find /sys/fs/cgroup/dolium-demo /sys/fs/cgroup/*/dolium-demo -depth -type d 2>/dev/null)
+  [[ ${#cgroups[@]} -eq 0 ]] && break
+  for cgroup in "${cgroups[@]}"; do
+    mapfile -t left 2>/dev/null <"$cgroup/cgroup.procs" || left=()
+    for pid in "${left[@]}"; do kill -KILL "$pid" 2>/dev/null || true; done
+    rmdir "$cgroup" 2>/dev/null || true # it works once the processes are gone
+  done
+  sleep 0.1
+done
+[[ ${#cgroups[@]} -eq 0 ]] || die "processes are left in ${cgroups[0]}"
 
 # What a daemon that was killed may have left: mounts below the roots (the deepest first), the bridge, the firewall's table.
 while read -r _ _ _ _ mountpoint _; do

@@ -41,6 +41,7 @@ start_daemon() {
     end "$run/doliumd.pid" doliumd
   fi
   if ! running "$run/doliumd.pid" doliumd; then
+    rm -f "$run/doliumd.pid"
     setsid "$bin/doliumd" --data-root "$root/data" --exec-root "$run" --pidfile "$run/doliumd.pid" -H "unix://$run/dolium.sock" \
       --bridge "$bridge" --cgroup-parent /dolium-demo "$@" >>"$root/doliumd.log" 2>&1 </dev/null &
   fi
@@ -69,6 +70,15 @@ patiently() {
   done
   docker ps -a
   die "$what"
+}
+
+# newer_postgres: Docker Hub's last images of 9.4 want to be told how to authenticate, which the lecture's didn't.
+newer_postgres() {
+  for _ in {1..15}; do
+    [[ $(docker inspect -f '{{.State.Running}}' db) == true ]] || break
+    sleep 0.2
+  done
+  [[ $(docker inspect -f '{{.State.Running}}' db) == false && $(docker logs db 2>&1) == *POSTGRES_HOST_AUTH_METHOD* ]]
 }
 
 counted() { [[ $(count) == "{\"a\":$votes_a,\"b\":$votes_b,\"total\":$((votes_a + votes_b))}" ]]; }
@@ -116,6 +126,11 @@ step "docker run --name test my_first_image"
 say "The lecture's voting app"
 step "docker run -d --name=redis redis"
 step "docker run -d --name=db postgres:9.4"
+if [[ ${#mirror[@]} -eq 0 ]] && newer_postgres; then
+  note "this build of the image doesn't start without a word on authentication, so once more with one:"
+  docker rm -v db >/dev/null
+  step "docker run -d --name=db -e POSTGRES_HOST_AUTH_METHOD=trust postgres:9.4"
+fi
 step "docker run -d --name=vote -p 5000:80 --link redis:redis voting-app"
 step "docker run -d --name=result -p 5001:80 --link db:db result-app"
 step "docker run -d --name=worker --link db:db --link redis:redis worker"

@@ -11,16 +11,15 @@ import (
 	"dolium/internal/fault"
 )
 
-// Subject is the container a log is of. Its exported fields and methods are what the option "tag" can use, the same as
-// with Docker.
+// Subject is the container a log is of.
 type Subject struct {
-	// ContainerID and so on are what templates call them in Docker; ID is shortened to 12 characters by the method.
 	ID, Name       string
 	ImageID, Image string
-	Command        string
-	DaemonName     string
-	Env            []string
-	Labels         map[string]string
+	// Command is the program and its arguments, joined by spaces.
+	Command    string
+	DaemonName string
+	Env        []string
+	Labels     map[string]string
 }
 
 // tagView is Subject under the names that Docker documents for tag templates.
