@@ -29,7 +29,8 @@ start_registry() {
   echo $! >"$root/registry.pid"
   for _ in {1..600}; do
     grep -q '^serving' "$root/registry.log" && return
-    running "$root/registry.pid" images || die "the registry doesn't start: $(tail -n 5 "$root/registry.log")"
+    # Not by its name, which is another one for the first moments.
+    kill -0 "$(<"$root/registry.pid")" 2>/dev/null || die "the registry doesn't start: $(tail -n 5 "$root/registry.log")"
     sleep 0.1
   done
   die "the registry doesn't answer; see $root/registry.log"
@@ -45,8 +46,9 @@ start_daemon() {
     setsid "$bin/doliumd" --data-root "$root/data" --exec-root "$run" --pidfile "$run/doliumd.pid" -H "unix://$run/dolium.sock" \
       --bridge "$bridge" --cgroup-parent /dolium-demo "$@" >>"$root/doliumd.log" 2>&1 </dev/null &
   fi
-  for _ in {1..200}; do
+  for i in {1..200}; do
     docker version >/dev/null 2>&1 && return
+    [[ $i -lt 20 ]] || running "$run/doliumd.pid" doliumd || break
     sleep 0.1
   done
   die "the daemon doesn't answer: $(tail -n 5 "$root/doliumd.log")"
