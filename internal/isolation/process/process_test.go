@@ -24,27 +24,31 @@ import (
 	"github.com/moby/moby/api/types/container"
 )
 
-// keeperBinary is built once for all tests.
-var keeperBinary = sync.OnceValues(func() (string, error) {
-	if path := os.Getenv("DOLIUM_TEST_KEEPER"); path != "" {
+// keeperBinary is built once for all tests, into a directory that TestMain removes.
+var (
+	keeperDir    string
+	keeperBinary = sync.OnceValues(func() (string, error) {
+		if path := os.Getenv("DOLIUM_TEST_KEEPER"); path != "" {
+			return path, nil
+		}
+		dir, err := os.MkdirTemp("", "dolium-keeper-test")
+		if err != nil {
+			return "", err
+		}
+		keeperDir = dir
+		path := filepath.Join(dir, "dolium-keeper")
+		cmd := exec.Command("go", "build", "-tags", "seccomp netgo osusergo", "-ldflags", "-s -w -extldflags -static", "-o", path, "dolium/cmd/dolium-keeper")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return "", fmt.Errorf("build keeper: %w: %s", err, out)
+		}
 		return path, nil
-	}
-	dir, err := os.MkdirTemp("", "dolium-keeper-test")
-	if err != nil {
-		return "", err
-	}
-	path := filepath.Join(dir, "dolium-keeper")
-	cmd := exec.Command("go", "build", "-tags", "seccomp netgo osusergo", "-ldflags", "-s -w -extldflags -static", "-o", path, "dolium/cmd/dolium-keeper")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build keeper: %w: %s", err, out)
-	}
-	return path, nil
-})
+	})
+)
 
 func TestMain(m *testing.M) {
 	code := m.Run()
-	if path, err := keeperBinary(); err == nil && os.Getenv("DOLIUM_TEST_KEEPER") == "" {
-		os.RemoveAll(filepath.Dir(path))
+	if keeperDir != "" {
+		os.RemoveAll(keeperDir)
 	}
 	os.Exit(code)
 }
