@@ -119,6 +119,9 @@ func (c *Controller) setupBridge(n *nw, link netlink.Link) error {
 	if err := c.links.LinkSetUp(link); err != nil {
 		return fmt.Errorf("bring up %s: %w", n.Bridge, err)
 	}
+	if n.V6.Subnet.IsValid() {
+		return c.rt.settleAddr(n.V6.bridgeAddr())
+	}
 	return nil
 }
 

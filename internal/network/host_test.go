@@ -90,7 +90,8 @@ func newNS(t testing.TB) int {
 		rt, _ := openRt()
 		rt.run(linkUp("lo", 0))
 		rt.close()
-		// The tests' hosts have forwarding off, as an installed system has.
+		// As on a system that was just installed; a new namespace takes IPv4's settings from the first one.
+		writeSysctl("net.ipv4.ip_forward", "0")
 		writeSysctl("net.ipv6.conf.default.accept_dad", "0")
 		fd, _ := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		ch <- fd

@@ -78,7 +78,11 @@ func (c *Controller) plug(ep *endpoint, fd int, rt *rtConn, u *undo) error {
 		return err
 	}
 	// The end that came up last passes frames at once; the other, then its bridge, have to be waited for.
-	return cmp.Or(c.rt.settle(ep.hostIf(), 0), c.rt.settle(n.Bridge, n.index))
+	err = cmp.Or(c.rt.settle(ep.hostIf(), 0), c.rt.settle(n.Bridge, n.index))
+	if err == nil && ep.V6.IsValid() {
+		err = rt.settleAddr(ep.V6.Addr())
+	}
+	return err
 }
 
 // linkLocalPrefix gives an address asked for as link-local the prefix Docker gives it.
@@ -135,7 +139,7 @@ func (c *Controller) mute(eps []*endpoint) error {
 	var steps []rtStep
 	for _, ep := range eps {
 		if ep.net.Driver == "bridge" {
-			steps = append(steps, portDisable(ep.hostIf()))
+			steps = append(steps, portMute(ep.hostIf()))
 		}
 	}
 	if c.rt.run(steps...) == nil {

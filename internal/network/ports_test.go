@@ -157,3 +157,28 @@ func TestBadPortsAreRefused(t *testing.T) {
 		}
 	}
 }
+
+// A lost first packet costs the client a second. The sockets of earlier containers stay open here, so their namespaces do
+// too, with the same addresses.
+func TestNoPacketIsLostRightAfterAStart(t *testing.T) {
+	h := newHost(t)
+	on := true
+	h.create("six", subnetOf("2001:db8:6::/64", ""), func(r *network.CreateRequest) { r.EnableIPv6 = &on })
+	serve(t, h.client, "[::]:99", "client")
+	for range 30 {
+		b := h.run("c1", onNet("six"), publish("8080->80/tcp"))
+		ns := b.ns()
+		serve(t, ns, ":80", "c1")
+		expect(t, "out", dial(ns, "tcp", "[2001:db8::2]:99"), "client 2001:db8::1")
+		expect(t, "in by IPv6", dial(h.client, "tcp", "[2001:db8::1]:8080"), "c1 2001:db8::2")
+		b.stop()
+		b = h.run("c1", onNet("six"), publish("8080->80/tcp"))
+		ns = b.ns()
+		serve(t, ns, ":80", "c1")
+		expect(t, "in", dial(h.client, "tcp", "192.0.2.1:8080"), "c1 192.0.2.2")
+		b.stop()
+		if t.Failed() {
+			return
+		}
+	}
+}

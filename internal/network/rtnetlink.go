@@ -101,8 +101,6 @@ func (c *rtConn) index(name string) (int, error) {
 
 // link asks for an interface, by index unless that is 0, and says whether it passes frames.
 func (c *rtConn) link(name string, index int) (_ int, up bool, err error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	req := nl.NewNetlinkRequest(unix.RTM_GETLINK, unix.NLM_F_REQUEST)
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
 	msg.Index = int32(index)
@@ -110,8 +108,43 @@ func (c *rtConn) link(name string, index int) (_ int, up bool, err error) {
 	if index == 0 {
 		req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
 	}
-	if err := unix.Sendto(c.fd, req.Serialize(), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+	data, err := c.ask(req, unix.RTM_NEWLINK)
+	if err != nil {
+		return 0, false, fmt.Errorf("interface %s: %w", name, err)
+	}
+	attrs, err := nl.ParseRouteAttr(data[unix.SizeofIfInfomsg:])
+	if err != nil {
 		return 0, false, err
+	}
+	for _, a := range attrs {
+		if a.Attr.Type == unix.IFLA_OPERSTATE && len(a.Value) == 1 {
+			up = netlink.LinkOperState(a.Value[0]) == netlink.OperUp
+		}
+	}
+	return int(nl.DeserializeIfInfomsg(data).Index), up, nil
+}
+
+// delivers says whether packets to an address of this namespace reach it.
+func (c *rtConn) delivers(a netip.Addr) (bool, error) {
+	req := nl.NewNetlinkRequest(unix.RTM_GETROUTE, unix.NLM_F_REQUEST)
+	req.AddData(&nl.RtMsg{RtMsg: unix.RtMsg{Family: unix.AF_INET6, Dst_len: 128}})
+	req.AddData(nl.NewRtAttr(unix.RTA_DST, a.AsSlice()))
+	data, err := c.ask(req, unix.RTM_NEWROUTE)
+	if errors.Is(err, unix.ENETUNREACH) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("route to %s: %w", a, err)
+	}
+	return nl.DeserializeRtMsg(data).Type == unix.RTN_LOCAL, nil
+}
+
+// ask sends a request and returns the message of type want that answers it.
+func (c *rtConn) ask(req *nl.NetlinkRequest, want uint16) ([]byte, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := unix.Sendto(c.fd, req.Serialize(), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return nil, err
 	}
 	buf := make([]byte, 16<<10)
 	for {
@@ -120,28 +153,19 @@ func (c *rtConn) link(name string, index int) (_ int, up bool, err error) {
 			continue
 		}
 		if err != nil {
-			return 0, false, err
+			return nil, err
 		}
 		msgs, err := parseMessages(buf[:n])
 		if err != nil {
-			return 0, false, err
+			return nil, err
 		}
 		for _, m := range msgs {
 			switch {
 			case m.seq != req.Seq:
 			case m.typ == unix.NLMSG_ERROR:
-				return 0, false, fmt.Errorf("interface %s: %w", name, unix.Errno(-int32(nl.NativeEndian().Uint32(m.data[:4]))))
-			case m.typ == unix.RTM_NEWLINK:
-				attrs, err := nl.ParseRouteAttr(m.data[unix.SizeofIfInfomsg:])
-				if err != nil {
-					return 0, false, err
-				}
-				for _, a := range attrs {
-					if a.Attr.Type == unix.IFLA_OPERSTATE && len(a.Value) == 1 {
-						up = netlink.LinkOperState(a.Value[0]) == netlink.OperUp
-					}
-				}
-				return int(nl.DeserializeIfInfomsg(m.data).Index), up, nil
+				return nil, unix.Errno(-int32(nl.NativeEndian().Uint32(m.data[:4])))
+			case m.typ == want:
+				return m.data, nil
 			}
 		}
 	}
@@ -157,6 +181,17 @@ func (c *rtConn) settle(name string, index int) error {
 	for end := time.Now().Add(linkSettle); ; time.Sleep(time.Millisecond) {
 		_, up, err := c.link(name, index)
 		if err != nil || up || time.Now().After(end) {
+			return err
+		}
+	}
+}
+
+// settleAddr waits until an IPv6 address of this namespace works. Also without duplicate address detection the kernel
+// finishes it in a work queue; until then neither neighbours nor answers find it.
+func (c *rtConn) settleAddr(a netip.Addr) error {
+	for end := time.Now().Add(linkSettle); ; time.Sleep(500 * time.Microsecond) {
+		ok, err := c.delivers(a)
+		if err != nil || ok || time.Now().After(end) {
 			return err
 		}
 	}
@@ -257,21 +292,22 @@ func linkUp(name string, index int) rtStep {
 	return rtStep{"bring up " + name, req}
 }
 
-// brStateDisabled is BR_STATE_DISABLED of linux/if_bridge.h.
-const brStateDisabled = 0
-
-// portDisable takes a bridge port out of service: nothing is sent to it, learned from it or remembered of it.
-func portDisable(name string) rtStep {
+// portMute takes a bridge port out of service: nothing is sent to it, learned from it or remembered of it. The state
+// alone wouldn't last, the kernel enables a port again when it sees its carrier.
+func portMute(name string) rtStep {
 	req := nl.NewNetlinkRequest(unix.RTM_NEWLINK, 0)
 	req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
 	req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(name)))
 	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
 	info.AddRtAttr(nl.IFLA_INFO_SLAVE_KIND, nl.NonZeroTerminated("bridge"))
 	data := info.AddRtAttr(nl.IFLA_INFO_SLAVE_DATA, nil)
-	data.AddRtAttr(nl.IFLA_BRPORT_STATE, []byte{brStateDisabled})
+	for _, flag := range []int{nl.IFLA_BRPORT_LEARNING, nl.IFLA_BRPORT_UNICAST_FLOOD, nl.IFLA_BRPORT_MCAST_FLOOD, nl.IFLA_BRPORT_BCAST_FLOOD} {
+		data.AddRtAttr(flag, []byte{0})
+	}
+	data.AddRtAttr(nl.IFLA_BRPORT_STATE, []byte{0}) // BR_STATE_DISABLED
 	data.AddRtAttr(nl.IFLA_BRPORT_FLUSH, nil)
 	req.AddData(info)
-	return rtStep{"disable bridge port " + name, req}
+	return rtStep{"mute bridge port " + name, req}
 }
 
 func linkDel(name string) rtStep {
