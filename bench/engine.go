@@ -34,7 +34,6 @@ type engine struct {
 	host    string // unix:///..., empty without an API
 	api     *client.Client
 	clis    []cli
-	prefix  string // of a registry reference this engine reaches the bench's registry by
 
 	sandbox *sandbox
 	daemon  []string // how to start it

@@ -113,7 +113,7 @@ func parsePS(output []byte, pids []int) (*container.TopResponse, error) {
 		}
 		pid, err := strconv.Atoi(fields[at])
 		if err != nil {
-			return nil, fmt.Errorf("Unexpected pid '%s': %w", fields[at], err)
+			return nil, fmt.Errorf("unexpected pid '%s': %w", fields[at], err)
 		}
 		if ours = slices.Contains(pids, pid); ours {
 			add(fields)

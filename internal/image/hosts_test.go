@@ -148,7 +148,7 @@ func TestSearchAsksTheRegistryOfTheTerm(t *testing.T) {
 	})
 	found, err := s.Search(t.Context(), reg.host()+"/team/redis", SearchOptions{Limit: 7, Filters: filters.Args{"stars": {"3"}, "is-official": {"true"}}})
 	must(t, err)
-	if len(found) != 1 || found[0].Name != "team/redis" || found[0].IsAutomated {
+	if len(found) != 1 || found[0].Name != "team/redis" {
 		t.Errorf("found %+v", found)
 	}
 	for _, o := range []SearchOptions{{Limit: 101}, {Filters: filters.Args{"stars": {"many"}}}, {Filters: filters.Args{"x": {"y"}}}} {

@@ -78,7 +78,6 @@ func (s *Store) Search(ctx context.Context, term string, opts SearchOptions) ([]
 	}
 	results := []registry.SearchResult{}
 	for _, r := range found {
-		r.IsAutomated = false // says nothing any more; Docker shows no other value
 		if wanted(r) {
 			results = append(results, r)
 		}

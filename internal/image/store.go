@@ -36,6 +36,7 @@ import (
 	"github.com/containerd/log"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sync/semaphore"
 
 	"dolium/internal/fault"
@@ -152,7 +153,7 @@ func New(ctx context.Context, cfg Config) (_ *Store, retErr error) {
 	s.bolt, err = bolt.Open(filepath.Join(root, "meta.db"), 0o600, &bolt.Options{
 		Timeout: 5 * time.Second, FreelistType: bolt.FreelistMapType, NoFreelistSync: true, NoStatistics: true,
 	})
-	if errors.Is(err, bolt.ErrTimeout) {
+	if errors.Is(err, bolterrors.ErrTimeout) {
 		return nil, fault.New(errdefs.ErrFailedPrecondition, "open images in %s: another daemon uses this data root", root)
 	}
 	if err != nil {

@@ -123,6 +123,22 @@ func Tar(files []File) []byte {
 	return out.Bytes()
 }
 
+// fetchScript prints what a URL answers: Debian's static busybox crashes in wget, where there are no libraries.
+const fetchScript = `#!/bin/sh
+# usage: fetch URL [SECONDS]
+rest=${1#http://}
+authority=${rest%%/*}
+path=/${rest#*/}
+case $authority in
+\[*\]:*) host=${authority%]:*} port=${authority##*:} ;;
+*\]) host=${authority%]} port=80 ;;
+*:*) host=${authority%:*} port=${authority##*:} ;;
+*) host=$authority port=80 ;;
+esac
+answer=$(printf 'GET %s HTTP/1.0\r\n\r\n' "$path" | nc -w "${2:-5}" "${host#[}" "$port") || exit 1
+echo "$answer" | sed '1,/^\r*$/d'
+`
+
 // Busybox are the files of the image that most tests run: busybox with all its commands, and a user "app" (1000:1000).
 var Busybox = sync.OnceValue(func() []File {
 	program, err := os.ReadFile("/bin/busybox")
@@ -139,6 +155,7 @@ var Busybox = sync.OnceValue(func() []File {
 		{Name: "etc/passwd", Mode: 0o644, Body: "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\napp:x:1000:1000::/home/app:/bin/sh\n"},
 		{Name: "etc/group", Mode: 0o644, Body: "root:x:0:\nnogroup:x:65534:\napp:x:1000:\nextra:x:2000:app\n"},
 		{Name: "bin/busybox", Body: string(program)},
+		{Name: "bin/fetch", Body: fetchScript},
 	}
 	for _, applet := range strings.Fields(string(list)) {
 		if applet != "busybox" {

@@ -184,3 +184,21 @@ func removeCgroup(dir string) {
 		time.Sleep(10 * time.Millisecond)
 	}
 }
+
+// KillAll kills what runs in the namespace.
+func (n *Namespace) KillAll() {
+	info, err := os.Stat("/run/netns/" + n.Name)
+	if err != nil {
+		return
+	}
+	entries, _ := os.ReadDir("/proc")
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		if ns, err := os.Stat(filepath.Join("/proc", e.Name(), "ns/net")); err == nil && inode(ns) == inode(info) {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+	}
+}

@@ -22,10 +22,9 @@ var binaries = []string{"dolium", "doliumd", "dolium-keeper"}
 
 // run is one run of the test program: where its hosts live and what must be taken away at its end.
 type run struct {
-	name     string // prefix of everything that has a name in the kernel
-	dir      string
-	bin      string // copies of the binaries, so that a build in the meantime changes nothing
-	firstErr error
+	name string // prefix of everything that has a name in the kernel
+	dir  string
+	bin  string // copies of the binaries, so that a build in the meantime changes nothing
 
 	mu     sync.Mutex
 	count  int
