@@ -15,7 +15,8 @@ build: deps
 	@mkdir -p bin
 	CGO_ENABLED=0 $(GOBUILD) -o bin/dolium ./cmd/dolium
 	CGO_ENABLED=0 $(GOBUILD) -o bin/doliumd ./cmd/doliumd
-	CGO_ENABLED=1 $(GOBUILD) -o bin/dolium-keeper ./cmd/dolium-keeper
+	# Static, since --init mounts it into containers; without seccomp it refuses to start any.
+	CGO_ENABLED=1 $(GO) build -tags 'seccomp netgo osusergo' -ldflags '$(LDFLAGS) -extldflags -static' -o bin/dolium-keeper ./cmd/dolium-keeper
 	CGO_ENABLED=0 $(GOBUILD) -o bin/dolium-guest ./cmd/dolium-guest
 
 ## deps: the packages that building needs, where they are missing
