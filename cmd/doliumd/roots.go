@@ -109,8 +109,14 @@ func program(pid int) string {
 	return strings.TrimSpace(string(raw))
 }
 
+// isDaemon says whether a process is a daemon that runs; one that was killed and not yet reaped ("Z", proc(5)) isn't.
 func isDaemon(pid int) bool {
 	name := program(pid)
+	if stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)); err == nil {
+		if _, rest, _ := strings.Cut(string(stat), ") "); strings.HasPrefix(rest, "Z") {
+			return false
+		}
+	}
 	return name == "doliumd" || name == "dockerd" || name != "" && name == program(os.Getpid())
 }
 

@@ -17,6 +17,7 @@ import (
 	"github.com/moby/sys/signal"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"dolium/internal/fault"
 	"dolium/internal/image"
 	"dolium/internal/logs"
 )
@@ -93,7 +94,7 @@ func (e *Engine) ContainerCreate(ctx context.Context, o CreateOptions) (containe
 		return none, err
 	}
 	u.add(func() { e.images.RemoveLayer(context.WithoutCancel(ctx), id) })
-	if err := e.images.CreateLayer(ctx, id, img, image.LayerOptions{StorageOpt: o.HostConfig.StorageOpt}); err != nil {
+	if err := e.images.CreateLayer(ctx, id, img, image.LayerOptions{StorageOpt: o.HostConfig.StorageOpt, Volatile: o.HostConfig.AutoRemove}); err != nil {
 		return none, fmt.Errorf("create container %s: %w", name, err)
 	}
 	if err := e.acquireMounts(ctx, &c.rec, &u); err != nil {
@@ -290,7 +291,7 @@ func (e *Engine) completeNetworkMode(cfg *container.Config, host *container.Host
 			return err
 		}
 		if _, err := e.lookup(ref); err != nil {
-			return invalid("could not get container for %s: %w", ref, err)
+			return fault.New(kindOf(err), "could not get container for %s: %w", ref, err)
 		}
 	}
 	return nil

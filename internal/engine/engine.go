@@ -226,7 +226,7 @@ func (e *Engine) imageUses(img *image.Image) []image.Use {
 	for _, c := range e.all() {
 		c.mu.Lock()
 		if c.rec.ImageID == img.ID {
-			uses = append(uses, image.Use{ContainerID: c.rec.ID, Running: c.running()})
+			uses = append(uses, image.Use{ContainerID: c.rec.ID, Running: c.running(), Ref: c.rec.Config.Image})
 		}
 		c.mu.Unlock()
 	}

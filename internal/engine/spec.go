@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"dolium/internal/isolation"
+	"dolium/internal/logs"
 	"dolium/internal/network"
 )
 
@@ -108,12 +109,16 @@ func linkEnv(name, alias string, other *record, r *run) []string {
 // spec is what the isolation driver gets for one run.
 func (e *Engine) spec(rec *record, rootfs string, sandbox *network.Sandbox, mounts []mountPoint, linkEnv []string) (*isolation.Spec, error) {
 	cfg, host := rec.Config, rec.HostConfig
+	attrs, err := logAttrs(rec)
+	if err != nil {
+		return nil, err
+	}
 	s := &isolation.Spec{
 		ID: rec.ID, Name: rec.Name, Config: cfg, Host: host, Rootfs: rootfs,
 		Hostname: cfg.Hostname, Domainname: cfg.Domainname,
 		SeccompProfile: e.cfg.SeccompProfile, CgroupParent: e.cfg.CgroupParent, SystemdCgroup: e.cfg.SystemdCgroup,
 		Init: host.Init != nil && *host.Init,
-		Log:  isolation.LogSpec{Driver: host.LogConfig.Type, Path: e.logPath(rec), Options: host.LogConfig.Config, Attrs: logAttrs(rec)},
+		Log:  isolation.LogSpec{Driver: host.LogConfig.Type, Path: e.logPath(rec), Options: host.LogConfig.Config, Attrs: attrs},
 	}
 	if host.UTSMode.IsHost() {
 		s.Hostname, s.Domainname = "", ""
@@ -330,28 +335,12 @@ func (e *Engine) unmountShm(id string) {
 	_ = os.Remove(dir)
 }
 
-// logAttrs are the labels and variables that the log options ask to be written with each line.
-func logAttrs(rec *record) map[string]string {
-	attrs := map[string]string{}
-	opts := rec.HostConfig.LogConfig.Config
-	for _, key := range splitList(opts["labels"]) {
-		if v, ok := rec.Config.Labels[key]; ok {
-			attrs[key] = v
-		}
-	}
-	env := map[string]string{}
-	for _, kv := range rec.Config.Env {
-		k, v, _ := strings.Cut(kv, "=")
-		env[k] = v
-	}
-	for _, key := range splitList(opts["env"]) {
-		if v, ok := env[key]; ok {
-			attrs[key] = v
-		}
-	}
-	return attrs
-}
-
-func splitList(s string) []string {
-	return slices.DeleteFunc(strings.Split(s, ","), func(p string) bool { return strings.TrimSpace(p) == "" })
+// logAttrs are what the log options ask to be written with each line.
+func logAttrs(rec *record) (map[string]string, error) {
+	host, _ := os.Hostname() // only a tag template shows it
+	return logs.Attrs(rec.HostConfig.LogConfig.Config, logs.Subject{
+		ID: rec.ID, Name: rec.Name, ImageID: rec.ImageID.String(), Image: rec.Config.Image,
+		Command: strings.Join(append([]string{rec.Path}, rec.Args...), " "), DaemonName: host,
+		Env: rec.Config.Env, Labels: rec.Config.Labels,
+	})
 }

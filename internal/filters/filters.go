@@ -4,12 +4,13 @@ package filters
 
 import (
 	"encoding/json"
-	"fmt"
 	"regexp"
 	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
+
+	"dolium/internal/fault"
 )
 
 // Args are the values asked for, by key.
@@ -36,7 +37,7 @@ func Parse(s string) (Args, error) {
 	}
 	var lists map[string][]string
 	if err := json.Unmarshal([]byte(s), &lists); err != nil {
-		return nil, fmt.Errorf("invalid filter: %w: %w", err, errdefs.ErrInvalidArgument)
+		return nil, fault.New(errdefs.ErrInvalidArgument, "invalid filter: %w", err)
 	}
 	return lists, nil
 }
@@ -45,7 +46,7 @@ func Parse(s string) (Args, error) {
 func (a Args) Validate(accepted ...string) error {
 	for k := range a {
 		if !slices.Contains(accepted, k) {
-			return fmt.Errorf("invalid filter '%s': %w", k, errdefs.ErrInvalidArgument)
+			return fault.New(errdefs.ErrInvalidArgument, "invalid filter '%s'", k)
 		}
 	}
 	return nil
@@ -95,6 +96,6 @@ func (a Args) Bool(key string, unset bool) (bool, error) {
 	case len(v) == 1 && (v[0] == "0" || v[0] == "false"):
 		return false, nil
 	default:
-		return false, fmt.Errorf("invalid filter '%s=%s': %w", key, strings.Join(v, ","), errdefs.ErrInvalidArgument)
+		return false, fault.New(errdefs.ErrInvalidArgument, "invalid filter '%s=%s'", key, strings.Join(v, ","))
 	}
 }
