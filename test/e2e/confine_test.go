@@ -197,15 +197,15 @@ func cgroupLimits(t *testing.T, d *host.CLI, container string) limits {
 
 func TestLimitsAreInTheCgroupAndBite(t *testing.T) {
 	_, d := newHost(t)
-	d.OK("run", "-d", "--name", "c", "-m", "64m", "--cpus", "0.25", "--pids-limit", "10", "busybox", "sleep", "1000")
-	if got := cgroupLimits(t, d, "c"); got != (limits{"67108864", "25000 100000", "10"}) {
+	d.OK("run", "-d", "--name", "box", "-m", "64m", "--cpus", "0.25", "--pids-limit", "10", "busybox", "sleep", "1000")
+	if got := cgroupLimits(t, d, "box"); got != (limits{"67108864", "25000 100000", "10"}) {
 		t.Errorf("cgroup: %v", got)
 	}
 	// The limit is also what the container itself sees.
-	if got := d.OK("exec", "c", "sh", "-c", "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null"); got != "67108864" {
+	if got := d.OK("exec", "box", "sh", "-c", "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null"); got != "67108864" {
 		t.Errorf("inside: %q", got)
 	}
-	r := d.Run("exec", "c", "sh", "-c", "for i in $(seq 20); do sleep 5 & done 2>&1; wait")
+	r := d.Run("exec", "box", "sh", "-c", "for i in $(seq 20); do sleep 5 & done 2>&1; wait")
 	if !strings.Contains(r.Stdout+r.Stderr, "can't fork") {
 		t.Errorf("pids: %s", r)
 	}

@@ -22,8 +22,8 @@ func TestHostsReachEachOthersPorts(t *testing.T) {
 	a, b := one.CLI(t), two.CLI(t)
 	a.OK("run", "-d", "--name", "web", "-h", "one", "-p", "8080:80", "web")
 	b.OK("run", "-d", "--name", "web", "-h", "two", "-p", "8080:80", "web")
-	wget(t, a, "web", "http://"+two.IP+":8080/", "hello from two")
-	wget(t, b, "web", "http://"+one.IP+":8080/", "hello from one")
+	fetch(t, a, "web", "http://"+two.IP+":8080/", "hello from two")
+	fetch(t, b, "web", "http://"+one.IP+":8080/", "hello from one")
 	reaches(t, one.NS, "http://"+two.IP+":8080/cgi-bin/addr", "", one.IP)
 }
 
@@ -53,7 +53,7 @@ func TestTwoDaemonsOfOneMachineDoNotDisturbEachOther(t *testing.T) {
 
 func TestASecondDaemonOnTheSameDataIsRefused(t *testing.T) {
 	h, d := newHost(t)
-	d.OK("run", "-d", "--name", "c", "busybox", "sleep", "1000")
+	d.OK("run", "-d", "--name", "box", "busybox", "sleep", "1000")
 	second := func(args ...string) string {
 		t.Helper()
 		cmd := exec.Command(filepath.Join(h.Bin, "doliumd"), args...)
@@ -88,7 +88,7 @@ func TestASecondDaemonOnTheSameDataIsRefused(t *testing.T) {
 	if !strings.Contains(out, "doliumd.pid") {
 		t.Errorf("same pidfile: %s", out)
 	}
-	if got := d.Inspect("c", "{{.State.Running}}"); got != "true" {
+	if got := d.Inspect("box", "{{.State.Running}}"); got != "true" {
 		t.Error("the first is disturbed")
 	}
 }
@@ -146,13 +146,13 @@ func TestOurClientIsDockersClient(t *testing.T) {
 		t.Errorf("%q", got)
 	}
 	ours.Fails(3, "", "run", "--rm", "busybox", "sh", "-c", "exit 3")
-	ours.OK("run", "-d", "--name", "c", "busybox", "sleep", "1000")
-	for _, args := range [][]string{{"ps", "-a"}, {"images"}, {"inspect", "c"}, {"network", "ls"}, {"volume", "ls"}, {"exec", "c", "id"}} {
+	ours.OK("run", "-d", "--name", "box", "busybox", "sleep", "1000")
+	for _, args := range [][]string{{"ps", "-a"}, {"images"}, {"inspect", "box"}, {"network", "ls"}, {"volume", "ls"}, {"exec", "box", "id"}} {
 		if a, b := ours.OK(args...), d.OK(args...); a != b {
 			t.Errorf("%v\nours:\n%s\ndocker's:\n%s", args, a, b)
 		}
 	}
-	term := ours.Terminal(24, 80, "exec", "-it", "c", "sh")
+	term := ours.Terminal(24, 80, "exec", "-it", "box", "sh")
 	term.Type("echo $((6*7))\n")
 	term.Sees("42")
 }
@@ -175,13 +175,13 @@ func TestTheDaemonKeepsNoDescriptorsOfWhatIsGone(t *testing.T) {
 			d.OK("run", "--rm", "-v", "/x", "-p", "80", "busybox", "true")
 			d.Run("run", "--rm", "busybox", "nosuchthing")
 		}
-		d.OK("run", "-d", "--name", "c", "busybox", "sleep", "1000")
+		d.OK("run", "-d", "--name", "box", "busybox", "sleep", "1000")
 		for range 10 {
-			d.OK("exec", "c", "true")
+			d.OK("exec", "box", "true")
 		}
-		d.OK("logs", "c")
-		d.OK("stats", "--no-stream", "c")
-		d.OK("rm", "-f", "c")
+		d.OK("logs", "box")
+		d.OK("stats", "--no-stream", "box")
+		d.OK("rm", "-f", "box")
 	}
 	work()
 	daemon, keeper := count()

@@ -76,14 +76,14 @@ func TestCpCopiesBothWays(t *testing.T) {
 
 func TestDiffCommitExportAndImport(t *testing.T) {
 	_, d := newHost(t)
-	d.OK("run", "--name", "c", "busybox", "sh", "-c", "echo new > /tmp/added; rm /etc/group; echo more >> /etc/passwd; mkdir /opt; chmod 700 /var")
-	changes := strings.Fields(strings.ReplaceAll(d.OK("diff", "c"), " ", ":"))
+	d.OK("run", "--name", "box", "busybox", "sh", "-c", "echo new > /tmp/added; rm /etc/group; echo more >> /etc/passwd; mkdir /opt; chmod 700 /var")
+	changes := strings.Fields(strings.ReplaceAll(d.OK("diff", "box"), " ", ":"))
 	slices.Sort(changes)
 	want := []string{"A:/opt", "A:/tmp/added", "C:/etc", "C:/etc/passwd", "C:/tmp", "C:/var", "D:/etc/group"}
 	if !slices.Equal(changes, want) {
 		t.Errorf("diff %v, want %v", changes, want)
 	}
-	id := d.OK("commit", "-a", "me", "-m", "why", "-c", "CMD cat /tmp/added", "-c", "ENV X=1", "-c", "LABEL l=1", "-c", "EXPOSE 80", "c", "committed:v1")
+	id := d.OK("commit", "-a", "me", "-m", "why", "-c", "CMD cat /tmp/added", "-c", "ENV X=1", "-c", "LABEL l=1", "-c", "EXPOSE 80", "box", "committed:v1")
 	if !strings.HasPrefix(id, "sha256:") {
 		t.Errorf("commit printed %q", id)
 	}
@@ -105,7 +105,7 @@ func TestDiffCommitExportAndImport(t *testing.T) {
 	if got := d.Inspect("runs", "{{.State.Status}}"); got != "running" {
 		t.Errorf("after commit: %s", got)
 	}
-	archive := d.Run("export", "c").Stdout
+	archive := d.Run("export", "box").Stdout
 	seen := map[string]bool{}
 	for r := tar.NewReader(strings.NewReader(archive)); ; {
 		header, err := r.Next()
@@ -124,5 +124,5 @@ func TestDiffCommitExportAndImport(t *testing.T) {
 	if got := d.OK("run", "--rm", "imported:v1"); got != "new" {
 		t.Errorf("%q", got)
 	}
-	d.Fails(1, "", "commit", "-c", "NONSENSE", "c")
+	d.Fails(1, "", "commit", "-c", "NONSENSE", "box")
 }

@@ -248,10 +248,10 @@ func TestTagsAndRemovalFollowDockersRules(t *testing.T) {
 	if got := d.OK("rmi", "other/name:tag"); got != "Untagged: other/name:tag" {
 		t.Errorf("%q", got)
 	}
-	d.OK("run", "-d", "--name", "c", "layered:v1", "sleep", "1000")
+	d.OK("run", "-d", "--name", "box", "layered:v1", "sleep", "1000")
 	d.Fails(1, "conflict", "rmi", id)
 	d.Fails(1, "conflict", "rmi", "-f", id)
-	d.OK("rm", "-f", "c")
+	d.OK("rm", "-f", "box")
 	d.OK("create", "--name", "stopped", "layered:v1")
 	d.Fails(1, "container", "rmi", "layered:v1")
 	d.OK("rm", "stopped")

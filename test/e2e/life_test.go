@@ -15,59 +15,59 @@ func TestTheLifeOfAContainer(t *testing.T) {
 	h, d := newHost(t)
 	state := func(want string) {
 		t.Helper()
-		if got := d.Inspect("c", "{{.State.Status}}"); got != want {
+		if got := d.Inspect("box", "{{.State.Status}}"); got != want {
 			t.Errorf("status is %s, want %s", got, want)
 		}
 	}
-	id := d.OK("create", "--name", "c", "busybox", "sh", "-c", "trap 'echo bye; exit 4' TERM; echo hello; while :; do usleep 50000; done")
+	id := d.OK("create", "--name", "box", "busybox", "sh", "-c", "trap 'echo bye; exit 4' TERM; echo hello; while :; do usleep 50000; done")
 	if len(id) != 64 {
 		t.Errorf("id %q", id)
 	}
 	state("created")
-	if got := d.OK("start", "c"); got != "c" {
+	if got := d.OK("start", "box"); got != "box" {
 		t.Errorf("start printed %q", got)
 	}
 	state("running")
-	d.OK("start", "c") // running already: nothing happens
-	d.OK("pause", "c")
+	d.OK("start", "box") // running already: nothing happens
+	d.OK("pause", "box")
 	state("paused")
-	d.Fails(1, "is already paused", "pause", "c")
-	d.Fails(1, "is paused", "exec", "c", "true")
-	d.OK("unpause", "c")
+	d.Fails(1, "is already paused", "pause", "box")
+	d.Fails(1, "is paused", "exec", "box", "true")
+	d.OK("unpause", "box")
 	state("running")
-	d.Fails(1, "is not paused", "unpause", "c")
+	d.Fails(1, "is not paused", "unpause", "box")
 	host.Eventually(t, "hello", func() error {
-		if got := d.OK("logs", "c"); got != "hello" {
+		if got := d.OK("logs", "box"); got != "hello" {
 			return fmt.Errorf("log: %q", got)
 		}
 		return nil
 	})
-	d.OK("stop", "c")
+	d.OK("stop", "box")
 	state("exited")
-	if got := d.Inspect("c", "{{.State.ExitCode}} {{.State.Pid}} {{.State.OOMKilled}}"); got != "4 0 false" {
+	if got := d.Inspect("box", "{{.State.ExitCode}} {{.State.Pid}} {{.State.OOMKilled}}"); got != "4 0 false" {
 		t.Errorf("after stop: %s", got)
 	}
-	if got := d.OK("logs", "c"); got != "hello\nbye" {
+	if got := d.OK("logs", "box"); got != "hello\nbye" {
 		t.Errorf("log: %q", got)
 	}
-	d.OK("stop", "c")
-	d.Fails(1, "is not running", "kill", "c")
-	d.OK("restart", "c")
+	d.OK("stop", "box")
+	d.Fails(1, "is not running", "kill", "box")
+	d.OK("restart", "box")
 	state("running")
-	d.OK("rename", "c", "d")
-	d.Fails(1, "o such object: c", "inspect", "c")
-	d.OK("rename", "d", "c")
-	d.OK("kill", "-s", "KILL", "c")
-	if got := d.OK("wait", "c"); got != "137" {
+	d.OK("rename", "box", "other")
+	d.Fails(1, "o such object: box", "inspect", "box")
+	d.OK("rename", "other", "box")
+	d.OK("kill", "-s", "KILL", "box")
+	if got := d.OK("wait", "box"); got != "137" {
 		t.Errorf("wait printed %q", got)
 	}
-	d.OK("start", "c")
-	d.Fails(1, "cannot remove container", "rm", "c")
+	d.OK("start", "box")
+	d.Fails(1, "cannot remove container", "rm", "box")
 	state("running")
-	if got := d.OK("rm", "-f", "c"); got != "c" {
+	if got := d.OK("rm", "-f", "box"); got != "box" {
 		t.Errorf("rm printed %q", got)
 	}
-	d.Fails(1, "No such container: c", "rm", "c")
+	d.Fails(1, "No such container: box", "rm", "box")
 	if got := h.Cgroups(); len(got) > 0 {
 		t.Errorf("cgroups left: %v", got)
 	}
@@ -228,26 +228,26 @@ func TestRestartPoliciesAreKept(t *testing.T) {
 
 func TestHealthIsCheckedAndReported(t *testing.T) {
 	h, d := newHost(t)
-	d.OK("run", "-d", "--name", "c", "--health-cmd", "test -e /tmp/ok && echo fine", "--health-interval", "300ms", "--health-retries", "2", "busybox", "sleep", "1000")
-	if got := d.Inspect("c", "{{.State.Health.Status}}"); got != "starting" {
+	d.OK("run", "-d", "--name", "box", "--health-cmd", "test -e /tmp/ok && echo fine", "--health-interval", "300ms", "--health-retries", "2", "busybox", "sleep", "1000")
+	if got := d.Inspect("box", "{{.State.Health.Status}}"); got != "starting" {
 		t.Errorf("at first: %s", got)
 	}
-	d.OK("exec", "c", "touch", "/tmp/ok")
-	waitState(t, d, "c", "{{.State.Health.Status}}", "healthy")
+	d.OK("exec", "box", "touch", "/tmp/ok")
+	waitState(t, d, "box", "{{.State.Health.Status}}", "healthy")
 	if got := d.OK("ps", "-f", "health=healthy", "--format", "{{.Status}}"); !strings.Contains(got, "(healthy)") {
 		t.Errorf("ps: %q", got)
 	}
-	if got := d.Inspect("c", "{{with index .State.Health.Log 0}}{{.ExitCode}}{{end}}"); got == "" {
+	if got := d.Inspect("box", "{{with index .State.Health.Log 0}}{{.ExitCode}}{{end}}"); got == "" {
 		t.Error("no log of checks")
 	}
-	d.OK("exec", "c", "rm", "/tmp/ok")
-	waitState(t, d, "c", "{{.State.Health.Status}}", "unhealthy")
-	if got := d.Inspect("c", "{{ge .State.Health.FailingStreak 2}}"); got != "true" {
+	d.OK("exec", "box", "rm", "/tmp/ok")
+	waitState(t, d, "box", "{{.State.Health.Status}}", "unhealthy")
+	if got := d.Inspect("box", "{{ge .State.Health.FailingStreak 2}}"); got != "true" {
 		t.Error("no failing streak")
 	}
 	h.Crash(t)
-	d.OK("exec", "c", "touch", "/tmp/ok")
-	waitState(t, d, "c", "{{.State.Health.Status}}", "healthy")
+	d.OK("exec", "box", "touch", "/tmp/ok")
+	waitState(t, d, "box", "{{.State.Health.Status}}", "healthy")
 
 	d.OK("run", "-d", "--name", "slow", "--health-cmd", "sleep 100", "--health-interval", "200ms", "--health-timeout", "300ms", "--health-retries", "1", "busybox", "sleep", "1000")
 	waitState(t, d, "slow", "{{.State.Health.Status}}", "unhealthy")
@@ -263,10 +263,10 @@ func TestHealthIsCheckedAndReported(t *testing.T) {
 func TestEventsTellWhatHappened(t *testing.T) {
 	_, d := newHost(t)
 	start := time.Now()
-	live := d.Go("events", "--format", "{{.Type}} {{.Action}}", "-f", "type=container", "-f", "container=c")
+	live := d.Go("events", "--format", "{{.Type}} {{.Action}}", "-f", "type=container", "-f", "container=box")
 	time.Sleep(300 * time.Millisecond) // the client has no sign of being connected
-	d.OK("run", "--name", "c", "-l", "a=b", "--network", "none", "busybox", "sh", "-c", "exit 2")
-	d.OK("rm", "c")
+	d.OK("run", "--name", "box", "-l", "a=b", "--network", "none", "busybox", "sh", "-c", "exit 2")
+	d.OK("rm", "box")
 	live.Prints("container destroy")
 	want := "container create|container attach|container start|container die|container destroy"
 	if got := strings.Join(strings.Split(strings.TrimSpace(live.Stdout()), "\n"), "|"); got != want {
@@ -282,11 +282,11 @@ func TestEventsTellWhatHappened(t *testing.T) {
 	if err := json.Unmarshal([]byte(past), &die); err != nil {
 		t.Fatalf("%v: %s", err, past)
 	}
-	if a := die.Actor.Attributes; die.Action != "die" || a["exitCode"] != "2" || a["name"] != "c" || a["a"] != "b" || a["image"] != "busybox" || die.TimeNano == 0 {
+	if a := die.Actor.Attributes; die.Action != "die" || a["exitCode"] != "2" || a["name"] != "box" || a["a"] != "b" || a["image"] != "busybox" || die.TimeNano == 0 {
 		t.Errorf("%s", past)
 	}
-	d.OK("volume", "create", "v")
-	d.OK("volume", "rm", "v")
+	d.OK("volume", "create", "vol")
+	d.OK("volume", "rm", "vol")
 	d.OK("network", "create", "n")
 	d.OK("network", "rm", "n")
 	d.OK("tag", "busybox", "b:1")
@@ -301,35 +301,35 @@ func TestEventsTellWhatHappened(t *testing.T) {
 
 func TestUpdateChangesLimitsOfARunningContainer(t *testing.T) {
 	_, d := newHost(t)
-	d.OK("run", "-d", "--name", "c", "-m", "64m", "--cpus", "1", "--pids-limit", "50", "busybox", "sleep", "1000")
-	d.OK("update", "-m", "32m", "--memory-swap", "64m", "--cpus", "0.5", "--pids-limit", "20", "c")
-	if got := d.Inspect("c", "{{.HostConfig.Memory}} {{.HostConfig.NanoCpus}} {{.HostConfig.PidsLimit}}"); got != "33554432 500000000 20" {
+	d.OK("run", "-d", "--name", "box", "-m", "64m", "--cpus", "1", "--pids-limit", "50", "busybox", "sleep", "1000")
+	d.OK("update", "-m", "32m", "--memory-swap", "64m", "--cpus", "0.5", "--pids-limit", "20", "box")
+	if got := d.Inspect("box", "{{.HostConfig.Memory}} {{.HostConfig.NanoCpus}} {{.HostConfig.PidsLimit}}"); got != "33554432 500000000 20" {
 		t.Errorf("inspect: %s", got)
 	}
-	if got := cgroupLimits(t, d, "c"); got != (limits{"33554432", "50000 100000", "20"}) {
+	if got := cgroupLimits(t, d, "box"); got != (limits{"33554432", "50000 100000", "20"}) {
 		t.Errorf("cgroup: %v", got)
 	}
 }
 
 func TestTopAndStatsShowWhatRuns(t *testing.T) {
 	_, d := newHost(t)
-	d.OK("run", "-d", "--name", "c", "-m", "64m", "busybox", "sh", "-c", "sleep 1001 & sleep 1002; true")
+	d.OK("run", "-d", "--name", "box", "-m", "64m", "busybox", "sh", "-c", "sleep 1001 & sleep 1002; true")
 	host.Eventually(t, "top shows both", func() error {
-		if out := d.OK("top", "c"); !strings.Contains(out, "sleep 1001") || !strings.Contains(out, "sleep 1002") || !strings.Contains(out, "PID") {
+		if out := d.OK("top", "box"); !strings.Contains(out, "sleep 1001") || !strings.Contains(out, "sleep 1002") || !strings.Contains(out, "PID") {
 			return fmt.Errorf("%s", out)
 		}
 		return nil
 	})
-	if out := d.OK("top", "c", "-o", "pid,comm"); !strings.Contains(out, "COMMAND") || strings.Contains(out, "UID") {
+	if out := d.OK("top", "box", "-o", "pid,comm"); !strings.Contains(out, "COMMAND") || strings.Contains(out, "UID") {
 		t.Errorf("top -o: %s", out)
 	}
-	out := d.OK("stats", "--no-stream", "--format", "{{.Name}}|{{.MemUsage}}|{{.PIDs}}|{{.NetIO}}|{{.CPUPerc}}", "c")
+	out := d.OK("stats", "--no-stream", "--format", "{{.Name}}|{{.MemUsage}}|{{.PIDs}}|{{.NetIO}}|{{.CPUPerc}}", "box")
 	parts := strings.Split(out, "|")
-	if len(parts) != 5 || parts[0] != "c" || !strings.HasSuffix(parts[1], "/ 64MiB") || strings.HasPrefix(parts[1], "0B") || parts[2] != "3" || !strings.HasSuffix(parts[4], "%") {
+	if len(parts) != 5 || parts[0] != "box" || !strings.HasSuffix(parts[1], "/ 64MiB") || strings.HasPrefix(parts[1], "0B") || parts[2] != "3" || !strings.HasSuffix(parts[4], "%") {
 		t.Errorf("stats: %s", out)
 	}
-	d.OK("stop", "-t", "0", "c")
-	d.Fails(1, "is not running", "top", "c")
+	d.OK("stop", "-t", "0", "box")
+	d.Fails(1, "is not running", "top", "box")
 }
 
 func TestInfoAndVersionDescribeTheHost(t *testing.T) {

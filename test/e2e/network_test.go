@@ -65,11 +65,11 @@ func refuses(t *testing.T, ns *host.Namespace, url string) {
 	}
 }
 
-// wget checks what a container gets.
-func wget(t *testing.T, d *host.CLI, container, url, want string) {
+// fetch checks what a container gets.
+func fetch(t *testing.T, d *host.CLI, container, url, want string) {
 	t.Helper()
 	host.Eventually(t, fmt.Sprintf("%s says %q to %s", url, want, container), func() error {
-		r := d.Run("exec", container, "wget", "-T", "5", "-qO-", url)
+		r := d.Run("exec", container, "fetch", url)
 		if strings.TrimSpace(r.Stdout) != want {
 			return fmt.Errorf("%s", r)
 		}
@@ -94,7 +94,7 @@ func TestPublishedPortsAnswerFromEverywhereWithTheClientsAddress(t *testing.T) {
 		reaches(t, out, "http://"+h.IP+":"+port+"/cgi-bin/addr", host.OutsideOtherIP, host.OutsideOtherIP)
 		// Containers by the host's address: another one, one of another network, and the very one.
 		for _, from := range []string{"bridged", "user", "local"} {
-			wget(t, d, from, "http://"+h.IP+":"+port+"/", hello)
+			fetch(t, d, from, "http://"+h.IP+":"+port+"/", hello)
 		}
 	}
 	reaches(t, h.NS, "http://127.0.0.1:8082/", "", "hello from local")
@@ -203,11 +203,11 @@ func TestConnectionsAndPortsOutliveTheDaemon(t *testing.T) {
 	reaches(t, h.NS, "http://127.0.0.1:8080/", "", "hello from web")
 	h.Start(t)
 	exchange(t, conn, r, "after")
-	wget(t, d, "client", "http://web/", "hello from web")
+	fetch(t, d, "client", "http://web/", "hello from web")
 	h.Restart(t)
 	exchange(t, conn, r, "after a regular restart")
 	reaches(t, out, "http://"+h.IP+":8080/", "", "hello from web")
-	wget(t, d, "client", "http://web/", "hello from web")
+	fetch(t, d, "client", "http://web/", "hello from web")
 	d.Fails(125, "port is already allocated", "run", "-p", "8080:80", "web")
 	d.OK("rm", "-f", "web")
 	refuses(t, out, "http://"+h.IP+":8080/")
@@ -233,7 +233,7 @@ func TestNamesAreResolvedOnUserDefinedNetworks(t *testing.T) {
 	d.OK("run", "-d", "--name", "plain", "busybox", "sleep", "1000")
 	d.OK("run", "-d", "--name", "client", "--network", "one", "busybox", "sleep", "1000")
 	for _, name := range []string{"web", "www", id[:12], "web.one", "WEB"} {
-		wget(t, d, "client", "http://"+name+"/", "hello from web")
+		fetch(t, d, "client", "http://"+name+"/", "hello from web")
 	}
 	ip := d.Inspect("web", "{{.NetworkSettings.Networks.one.IPAddress}}")
 	if got := d.OK("exec", "client", "nslookup", ip); !strings.Contains(got, "web.one") {
@@ -260,7 +260,7 @@ func TestNamesAreResolvedOnUserDefinedNetworks(t *testing.T) {
 		t.Errorf("%s", r)
 	}
 	d.OK("rename", "web", "renamed")
-	wget(t, d, "client", "http://renamed/", "hello from web")
+	fetch(t, d, "client", "http://renamed/", "hello from web")
 	d.OK("stop", "-t", "0", "renamed")
 	if r := d.Run("exec", "client", "nslookup", "renamed"); r.Code == 0 {
 		t.Errorf("a stopped container is resolved: %s", r)
@@ -310,7 +310,7 @@ func TestLinksGiveHostsEntriesAndEnvironment(t *testing.T) {
 	d.OK("run", "-d", "--name", "client", "--link", "web:site", "busybox", "sleep", "1000")
 	ip := d.Inspect("web", "{{.NetworkSettings.Networks.bridge.IPAddress}}")
 	for _, name := range []string{"web", "site"} {
-		wget(t, d, "client", "http://"+name+"/", "hello from web")
+		fetch(t, d, "client", "http://"+name+"/", "hello from web")
 	}
 	env := d.OK("exec", "client", "env")
 	for _, want := range []string{"SITE_NAME=/client/site", "SITE_PORT=tcp://" + ip + ":80", "SITE_PORT_80_TCP=tcp://" + ip + ":80", "SITE_PORT_80_TCP_ADDR=" + ip,
@@ -323,17 +323,17 @@ func TestLinksGiveHostsEntriesAndEnvironment(t *testing.T) {
 	d.OK("stop", "-t", "0", "web")
 	d.OK("run", "-d", "--name", "squatter", "busybox", "sleep", "1000")
 	d.OK("start", "web")
-	wget(t, d, "client", "http://site/", "hello from web")
+	fetch(t, d, "client", "http://site/", "hello from web")
 	h.Crash(t)
 	d.OK("stop", "-t", "0", "web", "squatter")
 	d.OK("start", "web")
-	wget(t, d, "client", "http://site/", "hello from web")
+	fetch(t, d, "client", "http://site/", "hello from web")
 	d.Fails(125, "could not get container for nosuch", "run", "--link", "nosuch:x", "busybox")
 	// On a user-defined network a link is an alias.
 	d.OK("network", "create", "user")
 	d.OK("run", "-d", "--name", "uweb", "-h", "uweb", "--network", "user", "web")
 	d.OK("run", "-d", "--name", "uclient", "--network", "user", "--link", "uweb:usite", "busybox", "sleep", "1000")
-	wget(t, d, "uclient", "http://usite/", "hello from uweb")
+	fetch(t, d, "uclient", "http://usite/", "hello from uweb")
 }
 
 func TestNetworksAreIsolatedFromEachOther(t *testing.T) {
@@ -362,12 +362,12 @@ func TestNetworksAreIsolatedFromEachOther(t *testing.T) {
 	}()
 	for _, to := range []string{"bridge", "one", "two", "inner"} {
 		ip := d.Inspect("web-"+to, "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}")
-		wget(t, d, "client-"+to, "http://"+ip+"/", "hello from web-"+to)
+		fetch(t, d, "client-"+to, "http://"+ip+"/", "hello from web-"+to)
 		for _, from := range []string{"bridge", "one", "two", "inner"} {
 			if from == to {
 				continue
 			}
-			if r := d.Run("exec", "client-"+from, "wget", "-T", "1", "-qO-", "http://"+ip+"/"); r.Code == 0 {
+			if r := d.Run("exec", "client-"+from, "fetch", "http://"+ip+"/", "1"); r.Code == 0 {
 				t.Errorf("%s reaches %s: %s", from, to, r)
 			}
 		}
@@ -392,7 +392,7 @@ func TestContainersAreConnectedAndDisconnectedWhileTheyRun(t *testing.T) {
 	d.OK("run", "-d", "--name", "web", "-h", "web", "--network", "one", "web")
 	d.OK("run", "-d", "--name", "client", "--network", "two", "busybox", "sleep", "1000")
 	d.OK("network", "connect", "--alias", "here", "two", "web")
-	wget(t, d, "client", "http://here/", "hello from web")
+	fetch(t, d, "client", "http://here/", "hello from web")
 	if got := d.OK("exec", "web", "sh", "-c", "ls /sys/class/net | grep -c eth"); got != "2" {
 		t.Errorf("%s interfaces", got)
 	}
@@ -402,7 +402,7 @@ func TestContainersAreConnectedAndDisconnectedWhileTheyRun(t *testing.T) {
 	d.Fails(1, "already exists in network two", "network", "connect", "two", "web")
 	d.Fails(1, "has active endpoints", "network", "rm", "one")
 	h.Crash(t)
-	wget(t, d, "client", "http://here/", "hello from web")
+	fetch(t, d, "client", "http://here/", "hello from web")
 	d.OK("network", "disconnect", "two", "web")
 	if r := d.Run("exec", "client", "nslookup", "here"); r.Code == 0 {
 		t.Errorf("still resolved: %s", r)
@@ -412,9 +412,9 @@ func TestContainersAreConnectedAndDisconnectedWhileTheyRun(t *testing.T) {
 	d.OK("stop", "-t", "0", "web")
 	d.OK("network", "connect", "two", "web")
 	d.OK("start", "web")
-	wget(t, d, "client", "http://web/", "hello from web")
+	fetch(t, d, "client", "http://web/", "hello from web")
 	d.OK("restart", "-t", "0", "web")
-	wget(t, d, "client", "http://web/", "hello from web")
+	fetch(t, d, "client", "http://web/", "hello from web")
 }
 
 func TestNetworkModesHostNoneAndContainer(t *testing.T) {
@@ -426,7 +426,7 @@ func TestNetworkModesHostNoneAndContainer(t *testing.T) {
 	}
 	d.OK("run", "-d", "--name", "web", "-h", "web", "-p", "8080:80", "web")
 	d.OK("run", "-d", "--name", "side", "--network", "container:web", "busybox", "sleep", "1000")
-	wget(t, d, "side", "http://127.0.0.1/", "hello from web")
+	fetch(t, d, "side", "http://127.0.0.1/", "hello from web")
 	d.Fails(125, "conflicting options", "run", "--network", "container:web", "-p", "1:1", "busybox")
 	d.Fails(125, "conflicting options", "run", "--network", "container:web", "-h", "x", "busybox")
 	d.Fails(125, "No such container: nosuch", "run", "--network", "container:nosuch", "busybox")
@@ -467,7 +467,7 @@ func TestIPv6NetworksWorkAsIPv4OnesDo(t *testing.T) {
 	d.OK("network", "create", "--ipv6", "--subnet", "fd77::/64", "n")
 	d.OK("run", "-d", "--name", "web", "-h", "web", "--network", "n", "--ip6", "fd77::50", "-p", "8080:80", "web")
 	d.OK("run", "-d", "--name", "client", "--network", "n", "busybox", "sleep", "1000")
-	wget(t, d, "client", "http://[fd77::50]/", "hello from web")
+	fetch(t, d, "client", "http://[fd77::50]/", "hello from web")
 	if got := d.OK("exec", "client", "nslookup", "-type=aaaa", "web"); !strings.Contains(got, "fd77::50") {
 		t.Errorf("AAAA: %s", got)
 	}
@@ -476,7 +476,7 @@ func TestIPv6NetworksWorkAsIPv4OnesDo(t *testing.T) {
 	reaches(t, h.NS, "http://[::1]:8080/", "", "hello from web")
 	reaches(t, h.NS, "http://["+h.IP6+"]:8080/", "", "hello from web")
 	reaches(t, h.NS, "http://127.0.0.1:8080/", "", "hello from web")
-	wget(t, d, "client", "http://["+h.IP6+"]:8080/", "hello from web")
+	fetch(t, d, "client", "http://["+h.IP6+"]:8080/", "hello from web")
 	// A pool serves a network that names no subnet.
 	d.OK("network", "create", "--ipv6", "pooled")
 	d.OK("run", "--rm", "--network", "pooled", "busybox", "sh", "-c", "ip -6 -o addr show eth0 scope global | grep -q inet6")
@@ -500,7 +500,7 @@ func TestPortsWorkUnderAFirewallThatDropsForwarding(t *testing.T) {
 			reaches(t, h.Net.Outside, "http://"+h.IP+":8080/", "", "hello from web")
 			reaches(t, h.Net.Outside, "http://"+h.IP+":8080/cgi-bin/addr", "", host.OutsideIP)
 			reaches(t, h.NS, "http://127.0.0.1:8080/", "", "hello from web")
-			wget(t, d, "client", "http://web/", "hello from web")
+			fetch(t, d, "client", "http://web/", "hello from web")
 			if r := d.Run("exec", "client", "ping", "-c", "1", "-W", "5", host.OutsideIP); r.Code != 0 {
 				t.Errorf("the world from inside: %s", r)
 			}

@@ -43,7 +43,7 @@ func TestNamedVolumesKeepWhatIsWritten(t *testing.T) {
 
 func TestAVolumeInUseIsProtected(t *testing.T) {
 	h, d := newHost(t)
-	id := d.OK("create", "--name", "c", "-v", "data:/d", "busybox")
+	id := d.OK("create", "--name", "box", "-v", "data:/d", "busybox")
 	d.Fails(1, "volume is in use - ["+id+"]", "volume", "rm", "data")
 	d.OK("volume", "prune", "-af")
 	d.OK("volume", "inspect", "data")
@@ -52,7 +52,7 @@ func TestAVolumeInUseIsProtected(t *testing.T) {
 	if got := d.OK("volume", "ls", "-q", "-f", "dangling=true"); got != "" {
 		t.Errorf("dangling: %q", got)
 	}
-	d.OK("rm", "c")
+	d.OK("rm", "box")
 	if got := d.OK("volume", "ls", "-q", "-f", "dangling=true"); got != "data" {
 		t.Errorf("dangling: %q", got)
 	}
@@ -70,14 +70,14 @@ func TestAnonymousVolumesGoWithRmVOrStay(t *testing.T) {
 	}
 	d.OK("run", "--rm", "-v", "/anonymous", "-v", "named:/named", "withvolume", "true")
 	count(1, "after --rm the named one is left")
-	d.OK("run", "--name", "c", "-v", "/anonymous", "-v", "named:/named", "withvolume", "true")
+	d.OK("run", "--name", "box", "-v", "/anonymous", "-v", "named:/named", "withvolume", "true")
 	count(3, "with a container")
-	d.OK("rm", "c")
+	d.OK("rm", "box")
 	count(3, "after rm all are left")
 	d.OK("volume", "prune", "-f")
 	count(1, "prune takes the anonymous ones")
-	d.OK("run", "--name", "c", "-v", "/anonymous", "-v", "named:/named", "withvolume", "true")
-	d.OK("rm", "-v", "c")
+	d.OK("run", "--name", "box", "-v", "/anonymous", "-v", "named:/named", "withvolume", "true")
+	d.OK("rm", "-v", "box")
 	count(1, "rm -v takes the anonymous ones")
 	d.OK("volume", "prune", "-af")
 	count(0, "prune -a takes the named one")
@@ -114,8 +114,8 @@ func TestBindMountsShowTheHost(t *testing.T) {
 	if got := d.OK("run", "--rm", "--mount", "type=bind,src="+dir+",dst=/s,bind-propagation=rslave", "busybox", "grep", "-c", " /s .*master:", "/proc/self/mountinfo"); got != "1" && got != "0" {
 		t.Errorf("propagation: %q", got)
 	}
-	d.OK("create", "--name", "c", "-v", dir+":/s:ro", "busybox")
-	if got := d.Inspect("c", "{{with index .Mounts 0}}{{.Type}} {{.Source}} {{.Destination}} {{.RW}}{{end}}"); got != "bind "+dir+" /s false" {
+	d.OK("create", "--name", "box", "-v", dir+":/s:ro", "busybox")
+	if got := d.Inspect("box", "{{with index .Mounts 0}}{{.Type}} {{.Source}} {{.Destination}} {{.RW}}{{end}}"); got != "bind "+dir+" /s false" {
 		t.Errorf("inspect: %q", got)
 	}
 }
@@ -126,14 +126,14 @@ func TestAVolumeIsFilledFromTheImageOnFirstUse(t *testing.T) {
 		{Name: "data/", UID: 1000, GID: 2000, Mode: 0o750}, {Name: "data/seed", Body: "from image", UID: 1000, GID: 1000, Mode: 0o600}, {Name: "data/link", Type: '2', Link: "seed"},
 	}}, Config: ocispec.ImageConfig{Env: []string{"PATH=/bin"}}}.Archive())
 	look := "cat /data/link; stat -c ' %a %u %g' /data /data/seed"
-	if got := d.OK("run", "--rm", "-v", "v:/data", "filled", "sh", "-c", look); got != "from image 750 1000 2000\n 600 1000 1000" {
+	if got := d.OK("run", "--rm", "-v", "vol:/data", "filled", "sh", "-c", look); got != "from image 750 1000 2000\n 600 1000 1000" {
 		t.Errorf("%q", got)
 	}
-	d.OK("run", "--rm", "-v", "v:/data", "filled", "sh", "-c", "echo mine > /data/seed")
-	if got := d.OK("run", "--rm", "-v", "v:/data", "filled", "cat", "/data/seed"); got != "mine" {
+	d.OK("run", "--rm", "-v", "vol:/data", "filled", "sh", "-c", "echo mine > /data/seed")
+	if got := d.OK("run", "--rm", "-v", "vol:/data", "filled", "cat", "/data/seed"); got != "mine" {
 		t.Errorf("filled again: %q", got)
 	}
-	if got := d.OK("run", "--rm", "-v", "w:/data:nocopy", "filled", "ls", "/data"); got != "" {
+	if got := d.OK("run", "--rm", "-v", "other:/data:nocopy", "filled", "ls", "/data"); got != "" {
 		t.Errorf("nocopy: %q", got)
 	}
 	if got := d.OK("run", "--rm", "-v", "/data", "filled", "cat", "/data/seed"); got != "from image" {

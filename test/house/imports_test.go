@@ -36,7 +36,7 @@ var floors = map[string]int{
 var beside = map[string][]string{
 	"dolium/internal/isolation/process": {"dolium/internal/isolation"},
 	"dolium/internal/keeper/server":     {"dolium/internal/keeper", "dolium/internal/logs"},
-	"dolium/internal/keeper":            {"dolium/internal/fault"},
+	"dolium/internal/keeper":            {"dolium/internal/fault", "dolium/internal/logs"},
 	"dolium/internal/logs":              {"dolium/internal/fault"},
 	"dolium/internal/state":             {"dolium/internal/fault"},
 	"dolium/internal/filters":           {"dolium/internal/fault"},
