@@ -210,7 +210,7 @@ func (e *Engine) driver(i container.Isolation) (isolation.Driver, error) {
 	}
 	d, ok := e.drivers[i]
 	if !ok {
-		return nil, fault.New(errdefs.ErrInvalidArgument, "isolation %q is not available on this daemon", i)
+		return nil, fault.New(errdefs.ErrInvalidArgument, "invalid isolation %q: this daemon runs containers with isolation \"process\" only", i)
 	}
 	return d, nil
 }

@@ -107,7 +107,7 @@ func TestPsShowsWhatTheFiltersAskFor(t *testing.T) {
 	d.OK("volume", "create", "vol1")
 	d.OK("run", "-d", "--name", "web1", "-l", "tier=web", "-l", "own", "--network", "net1", "-p", "8080:80", "busybox", "sleep", "1000")
 	d.OK("run", "-d", "--name", "web2", "-l", "tier=web", "-v", "vol1:/data", "--expose", "443", "busybox", "sleep", "1000")
-	d.OK("run", "--name", "done3", "busybox", "sh", "-c", "exit 3")
+	d.Run("run", "--name", "done3", "busybox", "sh", "-c", "exit 3")
 	d.OK("create", "--name", "made", "-l", "tier=db", "busybox")
 	d.OK("tag", "busybox", "other:1")
 	d.OK("run", "-d", "--name", "paused", "other:1", "sleep", "1000")
@@ -222,7 +222,7 @@ func TestRestartPoliciesAreKept(t *testing.T) {
 	if got := d.Inspect("unless", "{{.State.Status}}"); got != "exited" {
 		t.Errorf("unless is %s", got)
 	}
-	d.Fails(1, "maximum retry count cannot be used with restart policy 'always'", "update", "--restart", "always:3", "steady")
+	d.Fails(1, "maximum retry count can only be used with 'on-failure'", "update", "--restart", "always:3", "steady")
 	d.Fails(125, "can't create 'AutoRemove' container with restart policy", "create", "--rm", "--restart", "always", "busybox")
 }
 
@@ -265,7 +265,7 @@ func TestEventsTellWhatHappened(t *testing.T) {
 	start := time.Now()
 	live := d.Go("events", "--format", "{{.Type}} {{.Action}}", "-f", "type=container", "-f", "container=box")
 	time.Sleep(300 * time.Millisecond) // the client has no sign of being connected
-	d.OK("run", "--name", "box", "-l", "a=b", "--network", "none", "busybox", "sh", "-c", "exit 2")
+	d.Run("run", "--name", "box", "-l", "a=b", "--network", "none", "busybox", "sh", "-c", "exit 2")
 	d.OK("rm", "box")
 	live.Prints("container destroy")
 	want := "container create|container attach|container start|container die|container destroy"

@@ -17,16 +17,12 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// webImage serves "hello from <hostname>" at / and the client's address at /cgi-bin/addr, on port 80.
+// webImage serves "hello from <hostname>" at / and the client's address at /addr, on port 80, and an echo on port 7.
 func webImage() []byte {
 	return host.Image{
-		Ref: "web:latest",
-		Layers: [][]host.File{host.Busybox(), {
-			{Name: "www/"}, {Name: "www/cgi-bin/"},
-			{Name: "www/cgi-bin/addr", Body: "#!/bin/sh\necho\necho ${REMOTE_ADDR#::ffff:}\n"},
-			{Name: "serve", Body: "#!/bin/sh\necho hello from $(hostname) > /www/index.html\nexec httpd -f -p ${1:-80} -h /www\n"},
-		}},
-		Config: ocispec.ImageConfig{Entrypoint: []string{"/serve"}, Env: []string{"PATH=/bin"}, ExposedPorts: map[string]struct{}{"80/tcp": {}}},
+		Ref:    "web:latest",
+		Layers: [][]host.File{host.Busybox(), {{Name: "probe", Body: host.Probe()}}},
+		Config: ocispec.ImageConfig{Entrypoint: []string{"/probe"}, Env: []string{"PATH=/bin"}, ExposedPorts: map[string]struct{}{"80/tcp": {}}},
 	}.Archive()
 }
 
@@ -90,8 +86,8 @@ func TestPublishedPortsAnswerFromEverywhereWithTheClientsAddress(t *testing.T) {
 		reaches(t, h.NS, "http://127.0.0.1:"+port+"/", "", hello)
 		reaches(t, h.NS, "http://"+h.IP+":"+port+"/", "", hello)
 		reaches(t, out, "http://"+h.IP+":"+port+"/", "", hello)
-		reaches(t, out, "http://"+h.IP+":"+port+"/cgi-bin/addr", host.OutsideIP, host.OutsideIP)
-		reaches(t, out, "http://"+h.IP+":"+port+"/cgi-bin/addr", host.OutsideOtherIP, host.OutsideOtherIP)
+		reaches(t, out, "http://"+h.IP+":"+port+"/addr", host.OutsideIP, host.OutsideIP)
+		reaches(t, out, "http://"+h.IP+":"+port+"/addr", host.OutsideOtherIP, host.OutsideOtherIP)
 		// Containers by the host's address: another one, one of another network, and the very one.
 		for _, from := range []string{"bridged", "user", "local"} {
 			fetch(t, d, from, "http://"+h.IP+":"+port+"/", hello)
@@ -135,7 +131,7 @@ func TestPortsArePublishedInEveryWayTheOptionsSay(t *testing.T) {
 	if port != "8202" {
 		t.Errorf("of 8200-8205, of which two are taken, it got %s", port)
 	}
-	d.OK("run", "-d", "--name", "udp", "-p", "5353:53/udp", "busybox", "sh", "-c", "while :; do echo pong | nc -u -l -p 53 -w 1; done")
+	d.OK("run", "-d", "--name", "udp", "-p", "5353:7/udp", "web")
 	host.Eventually(t, "UDP answers", func() error {
 		conn, err := out.Dial(context.Background(), "udp", h.IP+":5353")
 		if err != nil {
@@ -147,7 +143,7 @@ func TestPortsArePublishedInEveryWayTheOptionsSay(t *testing.T) {
 			return err
 		}
 		line, err := bufio.NewReader(conn).ReadString('\n')
-		if err == nil && line != "pong\n" {
+		if err == nil && line != "ping\n" {
 			err = fmt.Errorf("%q", line)
 		}
 		return err
@@ -169,11 +165,6 @@ func TestPortsArePublishedInEveryWayTheOptionsSay(t *testing.T) {
 	d.Fails(125, "address already in use", "run", "--name", "never", "-p", "8300:80", "web")
 }
 
-// echo starts a container that echoes what it is sent, published at a port.
-func echo(d *host.CLI, name, port string) {
-	d.OK("run", "-d", "--name", name, "-p", port+":7", "busybox", "nc", "-lk", "-p", "7", "-e", "cat")
-}
-
 // exchange sends a line over conn and expects it back.
 func exchange(t *testing.T, conn net.Conn, r *bufio.Reader, line string) {
 	t.Helper()
@@ -192,7 +183,7 @@ func TestConnectionsAndPortsOutliveTheDaemon(t *testing.T) {
 	d.OK("network", "create", "user")
 	d.OK("run", "-d", "--name", "web", "-h", "web", "--network", "user", "-p", "8080:80", "web")
 	d.OK("run", "-d", "--name", "client", "--network", "user", "busybox", "sleep", "1000")
-	echo(d, "echo", "7000")
+	d.OK("run", "-d", "--name", "echo", "-p", "7000:7", "web")
 	conn := dialEventually(t, out, h.IP+":7000")
 	defer conn.Close()
 	r := bufio.NewReader(conn)
@@ -435,7 +426,7 @@ func TestNetworkModesHostNoneAndContainer(t *testing.T) {
 
 func TestAddressesAreGivenAsAsked(t *testing.T) {
 	h, d := newWebHost(t)
-	d.OK("network", "create", "--subnet", "10.77.0.0/24", "--ip-range", "10.77.0.128/25", "--gateway", "10.77.0.254", "-l", "a=b", "n")
+	d.OK("network", "create", "--subnet", "10.77.0.0/24", "--ip-range", "10.77.0.128/25", "--gateway", "10.77.0.254", "--label", "a=b", "n")
 	d.OK("run", "-d", "--name", "fixed", "-h", "fixed", "--network", "n", "--ip", "10.77.0.50", "--mac-address", "02:42:0a:4d:00:32", "web")
 	if got := d.OK("exec", "fixed", "sh", "-c", "ip -4 -o addr show eth0 | awk '{print $4}'; cat /sys/class/net/eth0/address; ip route | head -1"); got != "10.77.0.50/24\n02:42:0a:4d:00:32\ndefault via 10.77.0.254 dev eth0 " {
 		t.Errorf("%q", got)
@@ -472,7 +463,7 @@ func TestIPv6NetworksWorkAsIPv4OnesDo(t *testing.T) {
 		t.Errorf("AAAA: %s", got)
 	}
 	reaches(t, h.Net.Outside, "http://["+h.IP6+"]:8080/", "", "hello from web")
-	reaches(t, h.Net.Outside, "http://["+h.IP6+"]:8080/cgi-bin/addr", host.OutsideIP6, host.OutsideIP6)
+	reaches(t, h.Net.Outside, "http://["+h.IP6+"]:8080/addr", host.OutsideIP6, host.OutsideIP6)
 	reaches(t, h.NS, "http://[::1]:8080/", "", "hello from web")
 	reaches(t, h.NS, "http://["+h.IP6+"]:8080/", "", "hello from web")
 	reaches(t, h.NS, "http://127.0.0.1:8080/", "", "hello from web")
@@ -498,7 +489,7 @@ func TestPortsWorkUnderAFirewallThatDropsForwarding(t *testing.T) {
 			d.OK("run", "-d", "--name", "web", "-h", "web", "--network", "n", "-p", "8080:80", "web")
 			d.OK("run", "-d", "--name", "client", "--network", "n", "--entrypoint", "sleep", "web", "1000")
 			reaches(t, h.Net.Outside, "http://"+h.IP+":8080/", "", "hello from web")
-			reaches(t, h.Net.Outside, "http://"+h.IP+":8080/cgi-bin/addr", "", host.OutsideIP)
+			reaches(t, h.Net.Outside, "http://"+h.IP+":8080/addr", "", host.OutsideIP)
 			reaches(t, h.NS, "http://127.0.0.1:8080/", "", "hello from web")
 			fetch(t, d, "client", "http://web/", "hello from web")
 			if r := d.Run("exec", "client", "ping", "-c", "1", "-W", "5", host.OutsideIP); r.Code != 0 {

@@ -61,7 +61,7 @@ func TestDetachKeysLeaveTheContainerRunning(t *testing.T) {
 
 func TestAttachSeesOutputAndGivesInput(t *testing.T) {
 	_, d := newHost(t)
-	d.OK("run", "-di", "--name", "box", "busybox", "sh", "-c", "while read line; do echo got $line; echo err >&2; done; exit 8")
+	d.Run("run", "-di", "--name", "box", "busybox", "sh", "-c", "while read line; do echo got $line; echo err >&2; done; exit 8")
 	one, two := d.Go("attach", "box"), d.Go("attach", "--no-stdin", "box")
 	host.Eventually(t, "both attached", func() error {
 		_, _ = one.Stdin.Write([]byte("x\n"))

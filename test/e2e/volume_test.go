@@ -13,7 +13,7 @@ import (
 
 func TestNamedVolumesKeepWhatIsWritten(t *testing.T) {
 	h, d := newHost(t)
-	if got := d.OK("volume", "create", "-l", "a=b", "data"); got != "data" {
+	if got := d.OK("volume", "create", "--label", "a=b", "data"); got != "data" {
 		t.Errorf("create printed %q", got)
 	}
 	d.OK("run", "--rm", "-v", "data:/d", "busybox", "sh", "-c", "echo kept > /d/file")
@@ -110,10 +110,7 @@ func TestBindMountsShowTheHost(t *testing.T) {
 		t.Errorf("made: %v", err)
 	}
 	d.Fails(125, "bind source path does not exist: "+dir+"/missing", "run", "--rm", "--mount", "type=bind,src="+dir+"/missing,dst=/s", "busybox")
-	d.Fails(125, "", "run", "--rm", "-v", dir+":/s", "-v", dir+":/s", "busybox")
-	if got := d.OK("run", "--rm", "--mount", "type=bind,src="+dir+",dst=/s,bind-propagation=rslave", "busybox", "grep", "-c", " /s .*master:", "/proc/self/mountinfo"); got != "1" && got != "0" {
-		t.Errorf("propagation: %q", got)
-	}
+	d.Fails(125, "", "run", "--rm", "-v", dir+":/s", "-v", "vol:/s", "busybox")
 	d.OK("create", "--name", "box", "-v", dir+":/s:ro", "busybox")
 	if got := d.Inspect("box", "{{with index .Mounts 0}}{{.Type}} {{.Source}} {{.Destination}} {{.RW}}{{end}}"); got != "bind "+dir+" /s false" {
 		t.Errorf("inspect: %q", got)
@@ -157,5 +154,5 @@ func TestVolumesFromAnotherContainer(t *testing.T) {
 	if got := d.OK("run", "--rm", "--volumes-from", "source", "busybox", "cat", "/anonymous/f"); got != "2" {
 		t.Errorf("--rm of a user took the source's volume: %q", got)
 	}
-	d.Fails(125, "No such container: nosuch", "run", "--volumes-from", "nosuch", "busybox")
+	d.Fails(125, "No such container: nosuch", "run", "--pull=never", "--volumes-from", "nosuch", "busybox")
 }

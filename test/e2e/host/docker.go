@@ -169,6 +169,13 @@ func (r *Running) Signal(sig syscall.Signal) { _ = r.cmd.Process.Signal(sig) }
 func (r *Running) Prints(want string) {
 	r.t.Helper()
 	Eventually(r.t, fmt.Sprintf("docker %s prints %q", strings.Join(r.cmd.Args[1:], " "), want), func() error {
+		select {
+		case <-r.done:
+			if !strings.Contains(r.Stdout(), want) {
+				r.t.Fatalf("docker %s ended without printing %q; stdout: %q, stderr: %q", strings.Join(r.cmd.Args[1:], " "), want, r.Stdout(), r.Stderr())
+			}
+		default:
+		}
 		if !strings.Contains(r.Stdout(), want) {
 			return fmt.Errorf("stdout: %q, stderr: %q", r.Stdout(), r.Stderr())
 		}

@@ -81,17 +81,30 @@ func inode(info os.FileInfo) uint64 { return info.Sys().(*syscall.Stat_t).Ino }
 
 // Keeper returns the PIDs of the keeper's processes, 0 where there is none.
 func (h *Host) Keeper() (guard, worker int) {
+	all := h.keeper()
+	return all["guard"].PID, all["worker"].PID
+}
+
+// KeeperBuilds returns what names the binaries that the keeper's processes run.
+func (h *Host) KeeperBuilds() (guard, worker string) {
+	all := h.keeper()
+	build := func(p Process) string {
+		if len(p.Args) < 5 {
+			return ""
+		}
+		return p.Args[4]
+	}
+	return build(all["guard"]), build(all["worker"])
+}
+
+func (h *Host) keeper() map[string]Process {
+	all := map[string]Process{}
 	for _, p := range h.Processes() {
 		if len(p.Args) > 2 && p.Args[0] == "dolium-keeper" && p.Args[2] == h.ExecRoot {
-			switch p.Args[1] {
-			case "guard":
-				guard = p.PID
-			case "worker":
-				worker = p.PID
-			}
+			all[p.Args[1]] = p
 		}
 	}
-	return guard, worker
+	return all
 }
 
 // Mounts returns the mount points below the host's directory.

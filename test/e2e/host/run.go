@@ -31,6 +31,7 @@ type run struct {
 	hosts  map[*Host]bool
 	net    map[*Net]bool
 	docker string
+	probe  []byte
 }
 
 // current is the run of this process; Main makes it. Tests of one process share it, as they share the machine.
@@ -93,8 +94,18 @@ func newRun() (*run, error) {
 	if r.docker, err = dockerCLI(root); err != nil {
 		return nil, err
 	}
+	probe := filepath.Join(r.dir, "probe")
+	if _, err := output(root, "env", "CGO_ENABLED=0", "go", "build", "-ldflags=-s -w", "-o", probe, "./test/e2e/probe"); err != nil {
+		return nil, err
+	}
+	if r.probe, err = os.ReadFile(probe); err != nil {
+		return nil, err
+	}
 	return r, nil
 }
+
+// Probe is the program of test/e2e/probe, static.
+func Probe() string { return string(current.probe) }
 
 // Bin is the directory with the binaries under test.
 func Bin() string { return current.bin }

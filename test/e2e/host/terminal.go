@@ -106,6 +106,11 @@ func (m *Terminal) Sees(want string) {
 		screen := m.out.String()
 		at := strings.Index(screen[m.seen:], want)
 		if at < 0 {
+			select {
+			case <-m.done:
+				m.t.Fatalf("the command ended without showing %q; screen: %q", want, m.out.String())
+			default:
+			}
 			return fmt.Errorf("screen: %q", screen)
 		}
 		m.seen += at + len(want)
