@@ -91,12 +91,10 @@ func (e *engine) sweep(ctx context.Context) {
 	if err != nil {
 		fmt.Printf("bench: clean up %s: %v\n", e.name, err)
 	}
-	e.removeImage(ctx, busyboxImage)
-}
-
-func (e *engine) removeImage(ctx context.Context, ref string) {
-	if _, err := e.api.ImageRemove(ctx, ref, client.ImageRemoveOptions{Force: true, PruneChildren: true}); err != nil {
-		fmt.Printf("bench: clean up %s: %v\n", e.name, err)
+	for _, ref := range append(e.pulled, busyboxImage) {
+		if _, err := e.api.ImageRemove(ctx, ref, client.ImageRemoveOptions{Force: true, PruneChildren: true}); err != nil {
+			fmt.Printf("bench: clean up %s: %v\n", e.name, err)
+		}
 	}
 }
 
@@ -187,7 +185,8 @@ func (e *engine) startTogether(ctx context.Context, n int) (took time.Duration, 
 	return time.Since(begin), nil
 }
 
-// pull measures until the image is pulled and unpacked, and removes it.
+// pull measures until the image is pulled and unpacked. The image stays until the engine goes: on some file systems
+// (ext4 without a journal) making files is slow for minutes after many were deleted, which the next round would see.
 func (e *engine) pull(ctx context.Context, ref string) (time.Duration, error) {
 	begin := time.Now()
 	r, err := e.api.ImagePull(ctx, ref, client.ImagePullOptions{})
@@ -197,7 +196,6 @@ func (e *engine) pull(ctx context.Context, ref string) (time.Duration, error) {
 	if err := r.Wait(ctx); err != nil {
 		return 0, err
 	}
-	took := time.Since(begin)
-	e.removeImage(ctx, ref)
-	return took, nil
+	e.pulled = append(e.pulled, ref)
+	return time.Since(begin), nil
 }

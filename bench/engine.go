@@ -41,7 +41,8 @@ type engine struct {
 	logPath string
 	exited  <-chan error // closed when the daemon that start began is gone
 
-	pids []int // of an engine that was running already: its own processes, or the roots of them
+	pulled []string // references of images to remove from an engine that goes on
+	pids   []int    // of an engine that was running already: its own processes, or the roots of them
 }
 
 func (e *engine) startable() bool { return len(e.daemon) > 0 }
