@@ -17,7 +17,6 @@ import (
 	"github.com/moby/sys/signal"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"dolium/internal/fault"
 	"dolium/internal/image"
 	"dolium/internal/logs"
 )
@@ -291,7 +290,8 @@ func (e *Engine) completeNetworkMode(cfg *container.Config, host *container.Host
 			return err
 		}
 		if _, err := e.lookup(ref); err != nil {
-			return fault.New(kindOf(err), "could not get container for %s: %w", ref, err)
+			// Not "not found": of that, docker's client concludes that the image is missing, and pulls it.
+			return invalid("could not get container for %s: %w", ref, err)
 		}
 	}
 	return nil

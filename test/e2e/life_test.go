@@ -76,7 +76,17 @@ func TestTheLifeOfAContainer(t *testing.T) {
 func TestStopSendsTheStopSignalAndKillsAfterTheTimeout(t *testing.T) {
 	_, d := newHost(t)
 	d.OK("run", "-d", "--name", "deaf", "--stop-timeout", "1", "busybox", "sh", "-c", "trap '' TERM; while :; do usleep 50000; done")
-	d.OK("run", "-d", "--name", "usr1", "--stop-signal", "USR1", "busybox", "sh", "-c", "trap 'exit 9' USR1; while :; do usleep 50000; done")
+	d.OK("run", "-d", "--name", "usr1", "--stop-signal", "USR1", "busybox", "sh", "-c", "trap 'exit 9' USR1; echo ready; while :; do usleep 50000; done")
+	ready := func(times int) { // before its trap is set, PID 1 ignores the signal
+		t.Helper()
+		host.Eventually(t, "the trap is set", func() error {
+			if got := d.OK("logs", "usr1"); strings.Count(got, "ready") != times {
+				return fmt.Errorf("log: %q", got)
+			}
+			return nil
+		})
+	}
+	ready(1)
 	d.OK("stop", "deaf", "usr1")
 	if got := d.Inspect("deaf", "{{.State.ExitCode}}"); got != "137" {
 		t.Errorf("deaf: %s", got)
@@ -85,6 +95,7 @@ func TestStopSendsTheStopSignalAndKillsAfterTheTimeout(t *testing.T) {
 		t.Errorf("usr1: %s", got)
 	}
 	d.OK("start", "usr1")
+	ready(2)
 	d.OK("kill", "-s", "SIGUSR1", "usr1")
 	if got := d.OK("wait", "usr1"); got != "9" {
 		t.Errorf("usr1: %s", got)
@@ -223,7 +234,7 @@ func TestRestartPoliciesAreKept(t *testing.T) {
 		t.Errorf("unless is %s", got)
 	}
 	d.Fails(1, "maximum retry count can only be used with 'on-failure'", "update", "--restart", "always:3", "steady")
-	d.Fails(125, "can't create 'AutoRemove' container with restart policy", "create", "--rm", "--restart", "always", "busybox")
+	d.Fails(125, "cannot specify both --restart and --rm", "create", "--rm", "--restart", "always", "busybox")
 }
 
 func TestHealthIsCheckedAndReported(t *testing.T) {
