@@ -6,7 +6,8 @@ set -euo pipefail
 # What must be there, and the package that brings it: a program's name, or a file.
 build=(gcc:gcc pkg-config:pkg-config /usr/include/seccomp.h:libseccomp-dev)
 demo=("${build[@]}" mmdebstrap:mmdebstrap curl:curl /bin/busybox:busybox-static ps:procps)
-test=("${demo[@]}" nft:nftables ip:iproute2 chromium:chromium shellcheck:shellcheck git:git)
+test=("${demo[@]}" nft:nftables ip:iproute2 iptables:iptables chromium:chromium shellcheck:shellcheck git:git runc:runc crun:crun
+  redis-server:redis-server '/usr/lib/postgresql/*/bin/postgres:postgresql')
 
 case "${1:-}" in
   build) wanted=("${build[@]}") ;;
@@ -20,7 +21,7 @@ command -v "${GO:-go}" >/dev/null || { echo "Go is missing: install Go 1.26 or n
 missing=()
 for entry in "${wanted[@]}"; do
   need=${entry%%:*}
-  if [[ $need == /* ]]; then [[ -e $need ]] || missing+=("${entry#*:}")
+  if [[ $need == /* ]]; then compgen -G "$need" >/dev/null || missing+=("${entry#*:}")
   else command -v "$need" >/dev/null || missing+=("${entry#*:}"); fi
 done
 [[ ${#missing[@]} -eq 0 ]] && exit 0
@@ -35,5 +36,12 @@ if [[ $(id -u) -ne 0 ]]; then
 fi
 echo "installing: ${missing[*]}"
 export DEBIAN_FRONTEND=noninteractive
+# Only the programs are wanted: servers that packages bring are not started, as Debian's policy-rc.d says it.
+policy=/usr/sbin/policy-rc.d
+if [[ ! -e $policy ]]; then
+  printf '#!/bin/sh\nexit 101\n' >"$policy"
+  chmod 755 "$policy"
+  trap 'rm -f "$policy"' EXIT
+fi
 apt-get install -y --no-install-recommends "${missing[@]}" >/dev/null 2>&1 ||
   { apt-get update >/dev/null && apt-get install -y --no-install-recommends "${missing[@]}" >/dev/null; }

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/events"
 	apinetwork "github.com/moby/moby/api/types/network"
@@ -83,7 +84,9 @@ func (e *Engine) ContainerCreate(ctx context.Context, o CreateOptions) (containe
 		return none, err
 	}
 	if spec := e.netSpec(&c.rec); spec != nil {
-		if err := e.nets.Validate(ctx, spec); err != nil {
+		if err := e.nets.Validate(ctx, spec); errdefs.IsNotFound(err) {
+			return none, notTheImage("", err)
+		} else if err != nil {
 			return none, err
 		}
 	}
@@ -211,7 +214,7 @@ func (e *Engine) complete(id string, cfg *container.Config, host *container.Host
 	for _, mode := range []string{string(host.PidMode), string(host.IpcMode), string(host.NetworkMode)} {
 		if ref, ok := strings.CutPrefix(mode, "container:"); ok {
 			if _, err := e.lookup(ref); err != nil {
-				return nil, err
+				return nil, notTheImage("joining the namespace of container "+ref, err)
 			}
 		}
 	}
@@ -257,8 +260,8 @@ func (e *Engine) completeNetworkMode(cfg *container.Config, host *container.Host
 	switch {
 	case cfg.NetworkDisabled:
 		host.NetworkMode = apinetwork.NetworkNone
-	case host.NetworkMode == "" || host.NetworkMode.IsDefault():
-		host.NetworkMode = apinetwork.NetworkBridge
+	case host.NetworkMode == "" || host.NetworkMode.IsDefault() || host.NetworkMode.IsBridge():
+		host.NetworkMode = e.nets.DefaultMode()
 	}
 	switch mode := host.NetworkMode; {
 	case mode.IsContainer():
@@ -277,7 +280,7 @@ func (e *Engine) completeNetworkMode(cfg *container.Config, host *container.Host
 			return invalid("invalid container format container:<name|id>")
 		}
 		if _, err := e.lookup(mode.ConnectedContainer()); err != nil {
-			return err
+			return notTheImage("joining network namespace of container", err)
 		}
 	case mode.IsHost() && len(host.Links) > 0:
 		return invalid("conflicting options: host type networking can't be used with links. This would result in undefined behavior")
@@ -290,11 +293,19 @@ func (e *Engine) completeNetworkMode(cfg *container.Config, host *container.Host
 			return err
 		}
 		if _, err := e.lookup(ref); err != nil {
-			// Not "not found": of that, docker's client concludes that the image is missing, and pulls it.
-			return invalid("could not get container for %s: %w", ref, err)
+			return notTheImage("could not get container for "+ref, err)
 		}
 	}
 	return nil
+}
+
+// notTheImage is the error of a request to create that names something missing other than its image. It isn't "not found":
+// of that, docker's client concludes that the image is missing, and pulls it.
+func notTheImage(what string, err error) error {
+	if what == "" {
+		return invalid("%w", err)
+	}
+	return invalid("%s: %w", what, err)
 }
 
 // parseLink splits a --link value "name[:alias]"; the alias is the name's when none is given.
@@ -322,7 +333,10 @@ func endpointsOf(host *container.HostConfig, nc *apinetwork.NetworkingConfig) (m
 	}
 	if nc != nil {
 		for name, es := range nc.EndpointsConfig {
-			if name == "default" {
+			switch {
+			case (name == apinetwork.NetworkDefault || name == apinetwork.NetworkBridge) && mode.IsNone():
+				name = apinetwork.NetworkNone // --bridge=none makes it the default
+			case name == apinetwork.NetworkDefault:
 				name = apinetwork.NetworkBridge
 			}
 			if es == nil {

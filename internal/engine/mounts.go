@@ -119,7 +119,7 @@ func (e *Engine) planVolumesFrom(points map[string]mountPoint, from string) erro
 	}
 	c, err := e.lookup(ref)
 	if err != nil {
-		return err
+		return notTheImage("volumes from "+ref, err)
 	}
 	rec, _ := c.snapshot()
 	for _, m := range rec.Mounts {

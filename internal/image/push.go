@@ -113,6 +113,8 @@ func (s *Store) pushOne(ctx context.Context, se *session, ref reference.Named, r
 			return err
 		}
 	}
+	// The tracker goes by digest: told by one that a manifest is there under a tag, the pusher wouldn't give it another.
+	se.tracker = docker.NewInMemoryTracker()
 	pusher, err := se.resolver().Pusher(ctx, byDigest.String())
 	if err != nil {
 		return err

@@ -47,7 +47,7 @@ type session struct {
 	named   reference.Named
 	auth    registry.AuthConfig
 	headers http.Header
-	tracker docker.StatusTracker
+	tracker docker.StatusTracker // of the push under way
 
 	mu   sync.Mutex
 	dead map[string]error // hosts that couldn't be talked to
@@ -55,8 +55,7 @@ type session struct {
 }
 
 func (s *Store) newSession(named reference.Named, auth *registry.AuthConfig, headers http.Header) (*session, error) {
-	se := &session{s: s, named: named, headers: headers.Clone(), tracker: docker.NewInMemoryTracker(),
-		dead: map[string]error{}, host: map[string][]docker.RegistryHost{}}
+	se := &session{s: s, named: named, headers: headers.Clone(), dead: map[string]error{}, host: map[string][]docker.RegistryHost{}}
 	if se.headers == nil {
 		se.headers = http.Header{}
 	}

@@ -343,14 +343,20 @@ func (c *Controller) attachments(s *Spec) ([]attachment, error) {
 	return out, nil
 }
 
+// DefaultMode is the mode of containers that ask for none in particular: "bridge", or "none" where --bridge=none
+// switches the default bridge off.
+func (c *Controller) DefaultMode() container.NetworkMode {
+	if c.cfg.Bridge == "none" {
+		return network.NetworkNone
+	}
+	return network.NetworkBridge
+}
+
 // modeNetwork is the name or ID of the network a mode stands for.
 func (c *Controller) modeNetwork(m container.NetworkMode) string {
 	switch {
 	case m == "" || m == network.NetworkDefault || m == network.NetworkBridge:
-		if c.cfg.Bridge == "none" {
-			return network.NetworkNone
-		}
-		return network.NetworkBridge
+		return string(c.DefaultMode())
 	case m == "null":
 		return network.NetworkNone
 	}

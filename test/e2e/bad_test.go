@@ -86,9 +86,9 @@ func TestABadRequestChangesNothingAndSaysWhatIsWrong(t *testing.T) {
 		{"PID mode", "POST", "/containers/create", inHost(`"PidMode":"nonsense"`), 400, "invalid PID mode: nonsense"},
 		{"IPC mode", "POST", "/containers/create", inHost(`"IpcMode":"nonsense"`), 400, "invalid IPC mode: nonsense"},
 		{"device", "POST", "/containers/create", inHost(`"DeviceRequests":[{"Driver":"nonsense","Count":-1}]`), 400, ""},
-		{"volumes from nothing", "POST", "/containers/create", inHost(`"VolumesFrom":["nosuch"]`), 404, "No such container: nosuch"},
+		{"volumes from nothing", "POST", "/containers/create", inHost(`"VolumesFrom":["nosuch"]`), 400, "No such container: nosuch"},
 		{"link to nothing", "POST", "/containers/create", inHost(`"Links":["nosuch:x"]`), 400, "could not get container for nosuch: No such container: nosuch"},
-		{"network of nothing", "POST", "/containers/create", inHost(`"NetworkMode":"container:nosuch"`), 404, "No such container: nosuch"},
+		{"network of nothing", "POST", "/containers/create", inHost(`"NetworkMode":"container:nosuch"`), 400, "No such container: nosuch"},
 
 		{"start of nothing", "POST", "/containers/nosuch/start", "", 404, "No such container: nosuch"},
 		{"stop of nothing", "POST", "/containers/nosuch/stop", "", 404, "No such container: nosuch"},

@@ -37,7 +37,7 @@ func TestImagesArePushedAndPulled(t *testing.T) {
 	if !strings.HasPrefix(digest, "sha256:") {
 		t.Fatalf("push printed:\n%s", out)
 	}
-	other := host.New(t, host.Options{Beside: h})
+	other := host.New(t, host.Options{Beside: h, Flags: []string{"--bridge", "none"}})
 	o := other.CLI(t)
 	out = o.OK("pull", registryAddress+"/team/layered:v1")
 	for _, want := range []string{"v1: Pulling from team/layered", "Pull complete", "Digest: " + digest, "Status: Downloaded newer image for " + registryAddress + "/team/layered:v1", registryAddress + "/team/layered:v1"} {
@@ -93,7 +93,7 @@ func TestACorruptedBlobIsRefused(t *testing.T) {
 	ref := registryAddress + "/layered:v1"
 	h.Load(t, layered(ref, 3))
 	d.OK("push", ref)
-	other := host.New(t, host.Options{Beside: h})
+	other := host.New(t, host.Options{Beside: h, Flags: []string{"--bridge", "none"}})
 	o := other.CLI(t)
 	var blob string
 	for _, r := range registry.Requests() {
@@ -126,7 +126,7 @@ func TestPullsGoOnAfterTheDaemonIsKilledInOne(t *testing.T) {
 	d.OK("push", ref)
 	d.OK("rmi", ref)
 	d.OK("rmi", "-f", "busybox")
-	other := host.New(t, host.Options{Beside: h})
+	other := host.New(t, host.Options{Beside: h, Flags: []string{"--bridge", "none"}})
 	o := other.CLI(t)
 	held := registry.Hold()
 	pull := o.Go("pull", ref)

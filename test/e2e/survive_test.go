@@ -245,7 +245,7 @@ func TestRunsWhileTheDaemonIsKilledAreWholeOrAbsent(t *testing.T) {
 			defer all.Done()
 			limit <- struct{}{}
 			defer func() { <-limit }()
-			args := []string{"run", "--name", fmt.Sprintf("c%d", i), "-v", "/data", "--label", "n=" + strconv.Itoa(i)}
+			args := []string{"run", "--name", fmt.Sprintf("run-%d", i), "-v", "/data", "--label", "n=" + strconv.Itoa(i)}
 			if i%2 == 0 {
 				args = append(args, "--rm")
 			}
@@ -263,7 +263,7 @@ func TestRunsWhileTheDaemonIsKilledAreWholeOrAbsent(t *testing.T) {
 		return nil
 	})
 	for i := range runs {
-		name := fmt.Sprintf("c%d", i)
+		name := fmt.Sprintf("run-%d", i)
 		r := d.Run("inspect", "-f", "{{.State.Status}} {{.State.ExitCode}} {{.Id}}", name)
 		if r.Code != 0 {
 			if i%2 == 1 && codes[i] == i {
