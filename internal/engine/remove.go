@@ -25,37 +25,50 @@ func (e *Engine) ContainerRemove(ctx context.Context, ref string, o RemoveOption
 		return err
 	}
 	ctx = context.WithoutCancel(ctx)
-	rec, r := c.snapshot()
-	if r != nil && !o.Force {
-		state := "running"
-		hint := "stop the container before removing or force remove"
-		if r.Paused {
-			state, hint = "paused and must be unpaused first", "unpause and stop the container before removing or force remove"
-			return wrongState("cannot remove container %q: container is %s", "/"+rec.Name, state)
-		}
-		return wrongState("cannot remove container %q: container is %s: %s", "/"+rec.Name, state, hint)
-	}
-	if r != nil {
-		r, err := e.markStopping(c)
-		if err != nil && !errors.Is(err, errdefs.ErrNotModified) {
+	for {
+		if err := e.endForRemoval(ctx, c, o.Force); err != nil {
 			return err
 		}
-		if r != nil {
-			e.resumeToDie(ctx, c, r)
-			if err := e.killHard(ctx, c, r); err != nil {
-				return err
-			}
+		c.life.Lock()
+		c.mu.Lock()
+		running := c.run != nil
+		if !running {
+			c.cancelRestart()
 		}
+		c.mu.Unlock()
+		if !running {
+			defer c.life.Unlock()
+			return e.remove(ctx, c, o)
+		}
+		c.life.Unlock() // somebody has just started it: once more
+	}
+}
+
+// endForRemoval sees to it that a container doesn't run: by force, or by refusing when it does.
+func (e *Engine) endForRemoval(ctx context.Context, c *Container, force bool) error {
+	if force {
+		r, err := e.markStopping(c)
+		switch {
+		case errors.Is(err, errdefs.ErrNotModified):
+			return nil
+		case err != nil || r == nil:
+			return err
+		}
+		e.resumeToDie(ctx, c, r)
+		return e.killHard(ctx, c, r)
 	}
 	c.mu.Lock()
-	c.cancelRestart()
-	c.mu.Unlock()
-	c.life.Lock()
-	defer c.life.Unlock()
-	if _, r := c.snapshot(); r != nil {
-		return wrongState("cannot remove container %q: container is running: stop the container before removing or force remove", "/"+rec.Name)
+	defer c.mu.Unlock()
+	name := "/" + c.rec.Name
+	switch {
+	case c.run != nil && c.run.Paused:
+		return wrongState("cannot remove container %q: container is paused and must be unpaused first", name)
+	case c.run != nil:
+		return wrongState("cannot remove container %q: container is running: stop the container before removing or force remove", name)
+	case c.restart != nil:
+		return wrongState("cannot remove container %q: container is restarting: stop the container before removing or force remove", name)
 	}
-	return e.remove(ctx, c, o)
+	return nil
 }
 
 // remove takes away a container that isn't running. The record goes first, in one durable step: from then on it is gone,

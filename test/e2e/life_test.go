@@ -3,6 +3,7 @@ package e2e
 import (
 	"encoding/json"
 	"fmt"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -374,4 +375,26 @@ func TestPruneRemovesWhatIsNotUsed(t *testing.T) {
 	if got := d.OK("network", "ls", "--format", "{{.Name}}"); got != "bridge\nhost\nnone" {
 		t.Errorf("networks: %q", got)
 	}
+}
+
+// A restart policy may start a container in the very moment in which it is removed.
+func TestForcedRemovalWinsAgainstARestartPolicy(t *testing.T) {
+	_, d := newHost(t)
+	for i := range 12 {
+		name := fmt.Sprintf("again-%d", i)
+		d.OK("run", "-d", "--name", name, "--restart", "always", "busybox", "usleep", strconv.Itoa(20000*i))
+		time.Sleep(time.Duration(100+35*i) * time.Millisecond) // the first restart comes after 100 ms
+		d.OK("rm", "-f", name)
+	}
+	if got := d.OK("ps", "-aq"); got != "" {
+		t.Errorf("left: %s", got)
+	}
+	d.OK("run", "-d", "--name", "waits", "--restart", "always", "busybox", "false")
+	host.Eventually(t, "it waits for its restart", func() error {
+		if r := d.Run("rm", "waits"); r.Code == 0 || !strings.Contains(r.Stderr, "container is restarting: stop the container before removing") {
+			return fmt.Errorf("%s", r)
+		}
+		return nil
+	})
+	d.OK("rm", "-f", "waits")
 }
