@@ -55,6 +55,7 @@ func (e *Engine) ContainerCreate(ctx context.Context, o CreateOptions) (containe
 	if err != nil {
 		return none, err
 	}
+	e.warm(o.HostConfig.Isolation) // a start follows at once, most times
 	endpoints, err := endpointsOf(o.HostConfig, o.NetworkingConfig)
 	if err != nil {
 		return none, err

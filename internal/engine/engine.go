@@ -215,6 +215,15 @@ func (e *Engine) driver(i container.Isolation) (isolation.Driver, error) {
 	return d, nil
 }
 
+// warm tells the driver of an isolation that a start is coming.
+func (e *Engine) warm(i container.Isolation) {
+	if d, err := e.driver(i); err == nil {
+		if w, ok := d.(isolation.Warmer); ok {
+			w.Warm()
+		}
+	}
+}
+
 // background runs work that outlives the request that asked for it; Close waits for it.
 func (e *Engine) background(work func(ctx context.Context)) {
 	e.wg.Go(func() { work(e.ctx) })

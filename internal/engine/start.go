@@ -85,6 +85,7 @@ func (e *Engine) launch(ctx context.Context, c *Container, rec *record) (_ *run,
 	if err != nil {
 		return nil, err
 	}
+	e.warm(rec.HostConfig.Isolation)
 	var u undo
 	defer u.run()
 

@@ -94,6 +94,12 @@ type Pauser interface {
 	Resume(ctx context.Context) error
 }
 
+// Warmer is the role of drivers that start a workload sooner when told a little before Create that one is coming. Warm
+// returns at once, may be called at any time, and nothing depends on it.
+type Warmer interface {
+	Warm()
+}
+
 // Stream carries standard streams in Docker's wire format: what is read is the raw terminal stream when the process has
 // a terminal, else stdout and stderr in frames as of github.com/moby/moby/api/pkg/stdcopy (8-byte header: stream, 0, 0, 0,
 // big-endian length). What is written is stdin, raw. Reading ends with io.EOF when the process has ended and all output
