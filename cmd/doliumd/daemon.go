@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"dolium/internal/api"
+	"dolium/internal/build"
 	"dolium/internal/daemonconf"
 	"dolium/internal/engine"
 	"dolium/internal/image"
@@ -107,8 +108,14 @@ func serve(cfg *daemonconf.Config, args []string) error {
 		return fmt.Errorf("restore containers: %w", err)
 	}
 
+	builder, err := build.New(ctx, buildConfig(cfg, log), build.Deps{Images: images, Networks: networks, Driver: processes})
+	if err != nil {
+		return fmt.Errorf("open builds: %w", err)
+	}
+	defer builder.Close()
+
 	// The doors open.
-	handler := api.New(api.Config{Version: daemonconf.Version, Experimental: cfg.Experimental, Log: log}, e)
+	handler := api.New(api.Config{Version: daemonconf.Version, Experimental: cfg.Experimental, Log: log}, e, builder)
 	defer handler.Close()
 	server := startAPI(ctx, handler, listeners, log)
 	defer server.stop()
@@ -171,6 +178,14 @@ func engineConfig(cfg *daemonconf.Config) engine.Config {
 		NoNewPrivileges: cfg.NoNewPrivs, LiveRestore: cfg.LiveRestore, ShutdownTimeout: cfg.ShutdownTimeout,
 		Labels: cfg.Labels, RegistryMirrors: cfg.Mirrors, InsecureRegistries: cfg.InsecureRegistries,
 		Debug: cfg.Debug, Warnings: cfg.Notes,
+	}
+}
+
+func buildConfig(cfg *daemonconf.Config, log *slog.Logger) build.Config {
+	return build.Config{
+		Root: filepath.Join(cfg.DataRoot, "build"), ExecRoot: filepath.Join(cfg.ExecRoot, "build"),
+		CgroupParent: cfg.CgroupParent, SystemdCgroup: cfg.SystemdCgroup, SeccompProfile: cfg.SeccompProfile, ShmSize: cfg.ShmSize,
+		HostGateways: cfg.HostGatewayIPs, Log: log,
 	}
 }
 

@@ -11,11 +11,6 @@ import (
 // notYet is every operation of the Engine API that Dolium doesn't do yet, with the area it waits for. It answers 501.
 // A test holds it against moby's swagger.yaml: what is neither here nor answered fails, and so does what is both.
 var notYet = []struct{ method, path, area string }{
-	// Builds: BuildKit in process, for buildx, Compose and the classic endpoint.
-	{"POST", "/build", "building images"},
-	{"POST", "/build/prune", "building images"},
-	{"POST", "/session", "building images"},
-
 	// What is attached to images beside their layers.
 	{"GET", "/images/{name}/attestations", "image attestations"},
 	{"GET", "/distribution/{name}/json", "inspecting images in registries"},
@@ -69,8 +64,6 @@ var notYet = []struct{ method, path, area string }{
 
 // notYetUnlisted are operations that clients know although swagger.yaml doesn't list them.
 var notYetUnlisted = []struct{ method, path, area string }{
-	{"POST", "/grpc", "building images"},
-	{"POST", "/build/cancel", "building images"},
 	{"GET", "/containers/{name}/checkpoints", "checkpoints"},
 	{"POST", "/containers/{name}/checkpoints", "checkpoints"},
 }

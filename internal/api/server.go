@@ -16,6 +16,7 @@ import (
 	"syscall"
 	"time"
 
+	"dolium/internal/build"
 	"dolium/internal/engine"
 )
 
@@ -39,12 +40,13 @@ type Server struct {
 // connection, so that the client can't take half an answer for a whole one.
 type handler func(w http.ResponseWriter, r *request) error
 
-// New returns a server that answers from e.
-func New(cfg Config, e *engine.Engine) *Server {
+// New returns a server that answers from e and b.
+func New(cfg Config, e *engine.Engine, b *build.Builder) *Server {
 	conns := newConnections(cfg.Log)
 	s := newServer(cfg,
 		notYetRoutes(),
-		systemAPI{engine: e}.routes(),
+		systemAPI{engine: e, builder: b}.routes(),
+		buildAPI{builder: b, conns: conns}.routes(),
 		containerAPI{engine: e}.routes(),
 		streamAPI{engine: e, conns: conns}.routes(),
 		archiveAPI{engine: e}.routes(),

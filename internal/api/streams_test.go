@@ -236,7 +236,7 @@ func (historyEngine) Subscribe(_ context.Context, o engine.EventsOptions, emit f
 }
 
 func TestEventsHaveTheFormOfTheClientsVersionAndWish(t *testing.T) {
-	s := newTestServer(t, slog.DiscardHandler, systemAPI{historyEngine{}}.routes())
+	s := newTestServer(t, slog.DiscardHandler, systemAPI{engine: historyEngine{}}.routes())
 	const now, legacy = `{"Type":"container"`, `{"status":"start","id":"abc","from":"redis","Type":"container"`
 	for _, c := range []struct{ version, accept, media, begin string }{
 		{"1.56", "", "application/json", now},

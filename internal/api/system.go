@@ -11,6 +11,7 @@ import (
 	"dolium/internal/engine"
 
 	"github.com/moby/moby/api/types"
+	"github.com/moby/moby/api/types/build"
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/events"
 	"github.com/moby/moby/api/types/image"
@@ -27,7 +28,15 @@ type systemEngine interface {
 	Subscribe(ctx context.Context, opts engine.EventsOptions, emit func(events.Message) error) error
 }
 
-type systemAPI struct{ engine systemEngine }
+type systemAPI struct {
+	engine  systemEngine
+	builder cacheUsage
+}
+
+// cacheUsage says what builds keep.
+type cacheUsage interface {
+	DiskUsage(ctx context.Context) (*build.DiskUsage, error)
+}
 
 func (a systemAPI) routes() []route {
 	return []route{
@@ -40,11 +49,12 @@ func (a systemAPI) routes() []route {
 	}
 }
 
-// ping answers what clients ask first. There is no Builder-Version among the headers while there is no builder.
+// ping answers what clients ask first, the builder they are to use among it: BuildKit.
 func (a systemAPI) ping(w http.ResponseWriter, r *request) error {
 	h := w.Header()
 	h.Set("Cache-Control", "no-cache, no-store, must-revalidate")
 	h.Set("Pragma", "no-cache")
+	h.Set("Builder-Version", string(build.BuilderBuildKit))
 	h.Set("Swarm", string(swarm.LocalNodeStateInactive))
 	h.Set("Content-Type", "text/plain; charset=utf-8")
 	if r.Method == http.MethodHead {
@@ -132,6 +142,11 @@ func (a systemAPI) diskUsage(w http.ResponseWriter, r *request) error {
 	if err != nil {
 		return err
 	}
+	if slices.Contains(of, system.BuildCacheObject) {
+		if usage.BuildCacheUsage, err = a.builder.DiskUsage(r.Context()); err != nil {
+			return err
+		}
+	}
 	verbose := r.bool("verbose") && !r.version.before(52)
 	extra := fields{}
 	if r.version.before(53) && !verbose {
@@ -187,8 +202,9 @@ func legacyDiskUsage(u *system.DiskUsage, of []system.DiskUsageObject, v apiVers
 	if u.VolumeUsage != nil {
 		f["Volumes"] = append([]volume.Volume{}, u.VolumeUsage.Items...)
 	}
-	if slices.Contains(of, system.BuildCacheObject) {
-		f["BuildCache"] = []any{}
+	if u.BuildCacheUsage != nil {
+		f["BuildCache"] = append([]build.CacheRecord{}, u.BuildCacheUsage.Items...)
+		f["BuilderSize"] = u.BuildCacheUsage.TotalSize
 	}
 	return f
 }

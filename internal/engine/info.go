@@ -16,7 +16,6 @@ import (
 
 	"github.com/containerd/containerd/v2/core/images"
 	hostapparmor "github.com/containerd/containerd/v2/pkg/apparmor"
-	"github.com/moby/moby/api/types/build"
 	"github.com/moby/moby/api/types/container"
 	apiimage "github.com/moby/moby/api/types/image"
 	"github.com/moby/moby/api/types/registry"
@@ -248,9 +247,6 @@ func (e *Engine) DiskUsage(ctx context.Context, of []system.DiskUsageObject) (*s
 			usage.VolumeUsage, err = e.volumes.DiskUsage(ctx)
 			return err
 		})
-	}
-	if slices.Contains(of, system.BuildCacheObject) {
-		usage.BuildCacheUsage = &build.DiskUsage{}
 	}
 	return usage, g.Wait()
 }
