@@ -14,7 +14,7 @@ import (
 func newTestServer(t *testing.T, log slog.Handler, groups ...[]route) *Server {
 	t.Helper()
 	l := slog.New(log)
-	groups = append(groups, notYetRoutes(), systemAPI{}.routes(), containerAPI{}.routes(), streamAPI{conns: newConnections(l)}.routes(), archiveAPI{}.routes(),
+	groups = append(groups, notYetRoutes(), systemAPI{}.routes(), buildAPI{conns: newConnections(l)}.routes(), containerAPI{}.routes(), streamAPI{conns: newConnections(l)}.routes(), archiveAPI{}.routes(),
 		execAPI{conns: newConnections(l)}.routes(), imageAPI{}.routes(), transferAPI{}.routes(), networkAPI{}.routes(), volumeAPI{}.routes())
 	return newServer(Config{Version: "test", Log: l}, groups...)
 }

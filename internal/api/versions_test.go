@@ -17,6 +17,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	dockerspec "github.com/moby/docker-image-spec/specs-go/v1"
+	"github.com/moby/moby/api/types/build"
 	"github.com/moby/moby/api/types/container"
 	imagetypes "github.com/moby/moby/api/types/image"
 	"github.com/moby/moby/api/types/network"
@@ -85,9 +86,14 @@ func at(v any, path string) (any, bool) {
 	return v, true
 }
 
+// noCache is a builder that hasn't built.
+type noCache struct{}
+
+func (noCache) DiskUsage(context.Context) (*build.DiskUsage, error) { return &build.DiskUsage{}, nil }
+
 func TestOldClientsFindWhatTheyKnow(t *testing.T) {
 	e := &recordingEngine{}
-	s := newTestServer(t, slog.DiscardHandler, containerAPI{e}.routes(), systemAPI{e}.routes(), imageAPI{oneImage{}}.routes())
+	s := newTestServer(t, slog.DiscardHandler, containerAPI{e}.routes(), systemAPI{engine: e, builder: noCache{}}.routes(), imageAPI{oneImage{}}.routes())
 	for _, c := range []struct {
 		target, path string
 		want         any // nil: must be missing

@@ -20,10 +20,14 @@ import (
 // directory alone would no longer tell what changed.
 func overlayOptions(root string) []string {
 	var opts []string
-	for _, o := range []string{"index", "redirect_dir", "metacopy"} {
+	for _, o := range []string{"index", "redirect_dir"} {
 		if _, err := os.Stat("/sys/module/overlay/parameters/" + o); err == nil {
 			opts = append(opts, o+"=off")
 		}
+	}
+	// Only where it isn't off by itself: BuildKit's quick way to find what a step changed doesn't know this option.
+	if on, err := os.ReadFile("/sys/module/overlay/parameters/metacopy"); err == nil && strings.TrimSpace(string(on)) == "Y" {
+		opts = append(opts, "metacopy=off")
 	}
 	if needs, err := overlayutils.NeedsUserXAttr(root); err == nil && needs {
 		opts = append(opts, "userxattr")
