@@ -6,18 +6,29 @@ PREFIX ?= /usr/local
 LDFLAGS = -s -w -X dolium/internal/daemonconf.Version=$(VERSION) -X dolium/internal/daemonconf.Commit=$(COMMIT)
 GOBUILD = $(GO) build -tags seccomp -ldflags '$(LDFLAGS)'
 
-.PHONY: all build deps demo demo-stop test unit e2e lint bench install uninstall clean
+BUILDX = github.com/docker/buildx
+COMPOSE = github.com/docker/compose/v5
+# version: of a module of Docker's in plugins/go.mod
+version = $(shell sed -n 's|.*github.com/docker/$(1) \(v[0-9.]*\).*|\1|p' plugins/go.mod)
+
+.PHONY: all build plugins deps demo demo-stop test unit e2e lint bench install uninstall clean
 
 all: build
 
-## build: the four binaries, in bin/
-build: deps
+## build: the four binaries, and the plugins that come with the CLI, in bin/
+build: deps plugins
 	@mkdir -p bin
 	CGO_ENABLED=0 $(GOBUILD) -o bin/dolium ./cmd/dolium
 	CGO_ENABLED=0 $(GOBUILD) -o bin/doliumd ./cmd/doliumd
 	# Static, since --init mounts it into containers; without seccomp it refuses to start any.
 	CGO_ENABLED=1 $(GO) build -tags 'seccomp netgo osusergo' -ldflags '$(LDFLAGS) -extldflags -static' -o bin/dolium-keeper ./cmd/dolium-keeper
 	CGO_ENABLED=0 $(GOBUILD) -o bin/dolium-guest ./cmd/dolium-guest
+
+## plugins: buildx and Compose, as they are
+plugins: deps
+	@mkdir -p bin/cli-plugins
+	cd plugins && CGO_ENABLED=0 $(GO) build -ldflags '-s -w -X $(BUILDX)/version.Version=$(call version,buildx)' -o ../bin/cli-plugins/docker-buildx $(BUILDX)/cmd/buildx
+	cd plugins && CGO_ENABLED=0 $(GO) build -ldflags '-s -w -X $(COMPOSE)/internal.Version=$(call version,compose/v5)' -o ../bin/cli-plugins/docker-compose $(COMPOSE)/cmd
 
 ## deps: the packages that building needs, where they are missing
 deps:
@@ -52,11 +63,14 @@ bench: build
 install: build
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install -m 0755 bin/dolium bin/doliumd bin/dolium-keeper bin/dolium-guest $(DESTDIR)$(PREFIX)/bin/
+	install -d $(DESTDIR)$(PREFIX)/lib/dolium/cli-plugins
+	install -m 0755 bin/cli-plugins/* $(DESTDIR)$(PREFIX)/lib/dolium/cli-plugins/
 	@PREFIX=$(PREFIX) DESTDIR=$(DESTDIR) packaging/install-units.sh
 
 uninstall:
 	@PREFIX=$(PREFIX) DESTDIR=$(DESTDIR) packaging/install-units.sh --remove
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,dolium doliumd dolium-keeper dolium-guest)
+	rm -rf $(DESTDIR)$(PREFIX)/lib/dolium
 
 clean:
 	rm -rf bin

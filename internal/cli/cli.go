@@ -111,6 +111,8 @@ func run(ctx context.Context, dockerCLI *command.DockerCli, version string) erro
 		return err
 	}
 
+	addOwnPlugins(dockerCLI.ConfigFile(), name)
+	args = fileAsContext(args)
 	args, pluginEnv, err := forwardBuilds(dockerCLI, root, args)
 	if err != nil {
 		return err

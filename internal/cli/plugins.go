@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -18,8 +19,50 @@ import (
 	"github.com/docker/cli/cli-plugins/metadata"
 	"github.com/docker/cli/cli-plugins/socket"
 	"github.com/docker/cli/cli/command"
+	"github.com/docker/cli/cli/config/configfile"
 	"github.com/spf13/cobra"
 )
+
+// addOwnPlugins makes the plugins known that come with the CLI: beside its binary, or where "make install" puts them.
+// Commands that write the configuration file must not write that down.
+func addOwnPlugins(cfg *configfile.ConfigFile, command string) {
+	if slices.Contains([]string{"login", "logout", "context"}, command) {
+		return
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return
+	}
+	dir := filepath.Dir(self)
+	for _, plugins := range []string{filepath.Join(dir, "cli-plugins"), filepath.Join(dir, "..", "lib", "dolium", "cli-plugins")} {
+		if _, err := os.Stat(plugins); err == nil {
+			cfg.CLIPluginsExtraDirs = append(cfg.CLIPluginsExtraDirs, plugins)
+		}
+	}
+}
+
+// fileAsContext lets "build" take a Dockerfile where its context belongs ("build -t name Dockerfile"): the context is then
+// the directory the file is in. docker refuses that, and everybody has typed it once.
+func fileAsContext(args []string) []string {
+	isBuild := slices.ContainsFunc([][]string{{"build"}, {"image", "build"}, {"builder", "build"}, {"buildx", "build"}}, func(verb []string) bool {
+		return len(args) > len(verb) && slices.Equal(args[:len(verb)], verb)
+	})
+	if !isBuild || slices.ContainsFunc(args, func(a string) bool {
+		return a == "-f" || a == "--file" || strings.HasPrefix(a, "-f=") || strings.HasPrefix(a, "--file=")
+	}) {
+		return args
+	}
+	last := args[len(args)-1]
+	info, err := os.Stat(last)
+	if err != nil || !info.Mode().IsRegular() || strings.HasPrefix(last, "-") {
+		return args
+	}
+	replace := func(list []string) []string {
+		return slices.Concat(list[:len(list)-1], []string{"-f", last, filepath.Dir(last)})
+	}
+	os.Args = replace(os.Args) // what plugins are given
+	return replace(args)
+}
 
 // runPlugin runs the CLI plugin (docker-<name> in one of Docker's plugin directories) with our arguments and returns its
 // exit code as an error. Error: ErrNotFound when there is none.
