@@ -23,6 +23,7 @@ import (
 	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/control"
 	"github.com/moby/buildkit/session"
+	"github.com/moby/buildkit/util/bklog"
 	"github.com/moby/buildkit/util/grpcerrors"
 	"google.golang.org/grpc"
 
@@ -135,6 +136,7 @@ func (b *Builder) open() (*kit, error) {
 }
 
 func (b *Builder) start() (_ *kit, err error) {
+	bklog.L = image.LibraryLog(b.cfg.Log) // for what BuildKit does outside of any context of ours
 	ctx, cancel := context.WithCancel(image.Context(context.Background()))
 	k := &kit{end: cancel, bodies: newBodies(), conns: newConnListener()}
 	defer func() {

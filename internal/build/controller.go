@@ -30,6 +30,7 @@ import (
 	"github.com/moby/buildkit/source/http"
 	"github.com/moby/buildkit/util/archutil"
 	"github.com/moby/buildkit/util/leaseutil"
+	"github.com/moby/buildkit/util/tracing/detect"
 	"github.com/moby/buildkit/worker"
 	"github.com/moby/buildkit/worker/base"
 	"github.com/moby/buildkit/worker/label"
@@ -100,7 +101,12 @@ func (b *Builder) newController(ctx context.Context, k *kit) (*control.Controlle
 	}
 	k.closers = append(k.closers, history.Close)
 
+	// Traces of builds are kept for a while, for "buildx history trace".
+	if detect.Recorder == nil {
+		detect.Recorder = detect.NewTraceRecorder()
+	}
 	return control.NewController(control.Opt{
+		TraceCollector:   detect.Recorder,
 		SessionManager:   k.sessions,
 		WorkerController: workers,
 		Frontends: map[string]frontend.Frontend{

@@ -422,9 +422,11 @@ func (e *CommandError) Error() string {
 
 // buildError is BuildKit's error with a kind, and without what only says that it is one.
 func buildError(ctx context.Context, err error) error {
-	err = grpcerrors.FromGRPC(err)
-	text := strings.TrimPrefix(err.Error(), "failed to solve: ")
 	var exit *gateway.ExitError
+	if !errors.As(err, &exit) {
+		err = grpcerrors.FromGRPC(err)
+	}
+	text := strings.TrimPrefix(err.Error(), "failed to solve: ")
 	switch {
 	case ctx.Err() != nil:
 		return fmt.Errorf("%s: %w", text, context.Canceled)

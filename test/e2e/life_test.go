@@ -372,6 +372,9 @@ func TestPruneRemovesWhatIsNotUsed(t *testing.T) {
 	if got := d.OK("ps", "-a", "--format", "{{.Names}}"); got != "runs" {
 		t.Errorf("left: %q", got)
 	}
+	if got := d.OK("builder", "prune", "-f"); !strings.Contains(got, "0B") {
+		t.Errorf("without a build there is nothing to prune: %q", got)
+	}
 	if got := d.OK("network", "ls", "--format", "{{.Name}}"); got != "bridge\nhost\nnone" {
 		t.Errorf("networks: %q", got)
 	}

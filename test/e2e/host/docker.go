@@ -183,6 +183,17 @@ func (r *Running) Prints(want string) {
 	})
 }
 
+// Logs waits until the error output contains want, twice: progress names a step before its output has it.
+func (r *Running) Logs(want string) {
+	r.t.Helper()
+	Eventually(r.t, fmt.Sprintf("docker %s logs %q", strings.Join(r.cmd.Args[1:], " "), want), func() error {
+		if strings.Count(r.Stderr(), want) < 2 {
+			return fmt.Errorf("it logged %s", r.Stderr())
+		}
+		return nil
+	})
+}
+
 // Wait waits for the command's end and returns its exit code.
 func (r *Running) Wait() Result {
 	r.t.Helper()

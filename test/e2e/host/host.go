@@ -331,3 +331,6 @@ func (h *Host) LogTail(lines int) string {
 	}
 	return b.String()
 }
+
+// Home is the home directory of the host's user, where clients have their configuration.
+func (h *Host) Home() string { return h.home }

@@ -91,6 +91,9 @@ func newRun() (*run, error) {
 			return nil, fmt.Errorf("%w (run `make build` first)", err)
 		}
 	}
+	if err := os.Symlink(filepath.Join(from, "cli-plugins"), filepath.Join(r.bin, "cli-plugins")); err != nil {
+		return nil, err
+	}
 	if r.docker, err = dockerCLI(root); err != nil {
 		return nil, err
 	}
