@@ -22,6 +22,7 @@ import (
 	"dolium/internal/state"
 	"dolium/internal/volume"
 
+	containerdlog "github.com/containerd/log"
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/events"
@@ -30,6 +31,7 @@ import (
 // serve is the daemon's life. Each step owns what it opened and closes it on the way back, in the opposite order.
 func serve(cfg *daemonconf.Config, args []string) error {
 	log, level := newLogger(cfg)
+	containerdlog.L = image.LibraryLog(log) // where containerd's libraries have no context of ours
 	log.Info("starting up", "version", daemonconf.Version, "data-root", cfg.DataRoot, "exec-root", cfg.ExecRoot)
 	for _, note := range cfg.Notes {
 		log.Warn(note)
@@ -182,9 +184,27 @@ func engineConfig(cfg *daemonconf.Config) engine.Config {
 }
 
 func buildConfig(cfg *daemonconf.Config, log *slog.Logger) build.Config {
+	rule := func(r daemonconf.BuilderRule) build.PruneOptions {
+		return build.PruneOptions{All: r.All, Filters: r.Filter, ReservedSpace: r.ReservedSpace, MaxUsedSpace: r.MaxUsedSpace, MinFreeSpace: r.MinFreeSpace}
+	}
+	gc := build.GC{
+		Disabled: cfg.Builder.GC.Disabled, ReservedSpace: cfg.Builder.GC.Default.ReservedSpace,
+		MaxUsedSpace: cfg.Builder.GC.Default.MaxUsedSpace, MinFreeSpace: cfg.Builder.GC.Default.MinFreeSpace,
+	}
+	for _, r := range cfg.Builder.GC.Rules {
+		gc.Rules = append(gc.Rules, rule(r))
+	}
+	var may []string
+	if cfg.Builder.NetworkHost {
+		may = append(may, "network.host")
+	}
+	if cfg.Builder.SecurityInsecure {
+		may = append(may, "security.insecure")
+	}
 	return build.Config{
 		Root: filepath.Join(cfg.DataRoot, "build"), ExecRoot: filepath.Join(cfg.ExecRoot, "build"),
 		CgroupParent: cfg.CgroupParent, SystemdCgroup: cfg.SystemdCgroup, SeccompProfile: cfg.SeccompProfile, ShmSize: cfg.ShmSize,
+		GC: gc, Entitlements: may, HistoryAge: cfg.Builder.HistoryAge, HistoryEntries: cfg.Builder.HistoryEntries,
 		HostGateways: cfg.HostGatewayIPs, Log: log,
 	}
 }

@@ -20,11 +20,17 @@ import (
 	"sync"
 	"time"
 
+	"github.com/containerd/log"
 	"github.com/moby/buildkit/client"
 	"github.com/moby/buildkit/control"
 	"github.com/moby/buildkit/session"
 	"github.com/moby/buildkit/util/bklog"
 	"github.com/moby/buildkit/util/grpcerrors"
+	"github.com/moby/buildkit/util/tracing"
+	"github.com/moby/buildkit/util/tracing/detect"
+	"go.opentelemetry.io/contrib/instrumentation/google.golang.org/grpc/otelgrpc"
+	"go.opentelemetry.io/otel/propagation"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"google.golang.org/grpc"
 
 	"dolium/internal/image"
@@ -48,8 +54,8 @@ type Config struct {
 	SeccompProfile string
 	// ShmSize of /dev/shm in bytes where a build doesn't say.
 	ShmSize int64
-	// GC are the rules by which the cache is collected, see GCPolicy; nil never collects by itself.
-	GC []client.PruneInfo
+	// GC says how the cache is collected.
+	GC GC
 	// Entitlements say what builds may ask for: "network.host", "security.insecure".
 	Entitlements []string
 	// HistoryAge and HistoryEntries bound the record of builds; 0 is BuildKit's default.
@@ -96,6 +102,9 @@ type kit struct {
 // middle of a build, so that BuildKit removes what is half-done.
 func New(ctx context.Context, cfg Config, deps Deps) (*Builder, error) {
 	b := &Builder{cfg: cfg, deps: deps}
+	if _, err := cfg.GC.policy(cfg.Root); err != nil {
+		return nil, fmt.Errorf("builder: gc: %w", err)
+	}
 	if err := b.removeLeftSteps(ctx); err != nil {
 		return nil, err
 	}
@@ -136,7 +145,9 @@ func (b *Builder) open() (*kit, error) {
 }
 
 func (b *Builder) start() (_ *kit, err error) {
-	bklog.L = image.LibraryLog(b.cfg.Log) // for what BuildKit does outside of any context of ours
+	// For what BuildKit does outside of any context of ours.
+	bklog.L = image.LibraryLog(b.cfg.Log)
+	log.L = bklog.L
 	ctx, cancel := context.WithCancel(image.Context(context.Background()))
 	k := &kit{end: cancel, bodies: newBodies(), conns: newConnListener()}
 	defer func() {
@@ -150,7 +161,11 @@ func (b *Builder) start() (_ *kit, err error) {
 	if k.controller, err = b.newController(ctx, k); err != nil {
 		return nil, err
 	}
+	// Every build is traced, for "buildx history trace".
+	traces := sdktrace.NewTracerProvider(sdktrace.WithBatcher(detect.Recorder))
+	k.closers = append(k.closers, func() error { return traces.Shutdown(context.Background()) })
 	k.grpc = grpc.NewServer(
+		grpc.StatsHandler(tracing.ServerStatsHandler(otelgrpc.WithTracerProvider(traces), otelgrpc.WithPropagators(propagation.TraceContext{}))),
 		grpc.ChainUnaryInterceptor(grpcerrors.UnaryServerInterceptor),
 		grpc.ChainStreamInterceptor(grpcerrors.StreamServerInterceptor),
 		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage),

@@ -44,13 +44,17 @@ import (
 func (b *Builder) newController(ctx context.Context, k *kit) (*control.Controller, error) {
 	images := b.deps.Images
 	hosts := images.RegistryHosts()
+	policy, err := b.cfg.GC.policy(b.cfg.Root)
+	if err != nil {
+		return nil, err
+	}
 	contents := snapshot.NewContentStore(images.ContentStore(), image.Namespace)
 	opt := base.WorkerOpt{
 		ID:             "dolium",
 		Root:           b.cfg.Root,
 		Labels:         b.workerLabels(),
 		Platforms:      buildPlatforms(),
-		GCPolicy:       b.cfg.GC,
+		GCPolicy:       policy,
 		Executor:       newExecutor(b.cfg, b.deps),
 		Snapshotter:    snapshot.NewSnapshotter(image.SnapshotterName, images.Snapshotter(), image.Namespace, nil),
 		ContentStore:   contents,
@@ -63,7 +67,6 @@ func (b *Builder) newController(ctx context.Context, k *kit) (*control.Controlle
 		MountPoolRoot:  filepath.Join(b.cfg.Root, "cachemounts"),
 	}
 	opt.BuildkitVersion = client.BuildkitVersion{Package: "github.com/moby/buildkit", Version: kitVersion()}
-	var err error
 	if opt.MetadataStore, err = metadata.NewStore(filepath.Join(b.cfg.Root, "metadata.db")); err != nil {
 		return nil, err
 	}
@@ -101,7 +104,6 @@ func (b *Builder) newController(ctx context.Context, k *kit) (*control.Controlle
 	}
 	k.closers = append(k.closers, history.Close)
 
-	// Traces of builds are kept for a while, for "buildx history trace".
 	if detect.Recorder == nil {
 		detect.Recorder = detect.NewTraceRecorder()
 	}

@@ -79,6 +79,7 @@ type Config struct {
 	ICC, IPv6, IPMasq, IPForward       bool
 	BindIP                             string
 	AddressPools                       []Pool
+	Builder                            Builder
 	DNS, DNSSearch, DNSOptions         []string
 	HostGatewayIPs                     []string
 
@@ -96,7 +97,7 @@ func New(program string) *Config {
 		LogLevel: "info", LogFormat: "text", LiveRestore: true, ShutdownTimeout: 15, Features: map[string]string{},
 		MaxConcurrentDownloads: 3, MaxConcurrentUploads: 5, MaxDownloadAttempts: 5,
 		LogDriver: "json-file", LogOpts: map[string]string{}, Runtimes: map[string]system.Runtime{}, CgroupParent: "/dolium",
-		ShmSize: 64 << 20, Ulimits: map[string]*units.Ulimit{}, SeccompProfile: "builtin", MTU: 1500,
+		ShmSize: 64 << 20, Ulimits: map[string]*units.Ulimit{}, SeccompProfile: "builtin", MTU: 1500, Builder: defaultBuilder(),
 		ICC: true, IPMasq: true, IPForward: true,
 	}
 	if c.asDockerd() {

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/spf13/pflag"
 )
@@ -47,6 +48,8 @@ func TestBadConfigurationIsRefusedInDockerdsWords(t *testing.T) {
 		{"both places, map", `{"default-ulimits": {}}`, []string{"--default-ulimit", "core=0"}, "default-ulimits: (from flag: [core=0:0], from file: map[])"},
 		{"both places, secret", `{"proxies": {"http-proxy": "http://u:p@a"}}`, []string{"--http-proxy", "http://x:y@b"}, "http-proxy: (from flag: http://xxxxx:xxxxx@b, from file: http://xxxxx:xxxxx@a)"},
 		{"not JSON", `{"debug": tru}`, nil, "unable to configure the Docker daemon with file"},
+		{"builder, unknown key", `{"builder": {"gc": {"nonsense": 1}}}`, nil, "unknown field"},
+		{"builder, size", `{"builder": {"gc": {"policy": [{"keepStorage": "much"}]}}}`, nil, "failed to parse reservedSpace"},
 		{"wrong type", `{"debug": "yes"}`, nil, "debug: json: cannot unmarshal string"},
 		{"wrong type, number", `{"mtu": "1400"}`, nil, "mtu: must be a number"},
 		{"wrong type, list", `{"dns": "1.1.1.1"}`, nil, "dns: json: cannot unmarshal string"},
@@ -95,17 +98,20 @@ func TestFileAndFlagsMakeOneConfiguration(t *testing.T) {
 		"default-address-pools": [{"base": "10.10.0.0/16", "size": 24}],
 		"runtimes": {"crun": {"path": "/usr/bin/crun", "runtimeArgs": ["--debug"]}},
 		"proxies": {"https-proxy": "http://p:3128"}, "default-shm-size": "128m", "mtu": 1400,
-		"registry-mirrors": ["https://m.local"], "authorization-plugins": [], "iptables": true, "userland-proxy": false
+		"registry-mirrors": ["https://m.local"], "authorization-plugins": [], "iptables": true, "userland-proxy": false,
+		"builder": {"gc": {"defaultKeepStorage": "1GB", "policy": [{"keepStorage": "10MB", "filter": ["unused-for=48h"]}]}, "entitlements": {"security-insecure": true}, "history": {"maxAge": 60}}
 	}`, "--add-runtime", "youki=/bin/youki", "-H", "tcp://127.0.0.1", "-H", "unix://", "--data-root", "/d")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for what, ok := range map[string]bool{
-		"debug":       c.Debug,
-		"live":        !c.LiveRestore,
-		"labels":      slices.Equal(c.Labels, []string{"a=1"}),
-		"log-opts":    c.LogOpts["max-size"] == "10m" && c.LogOpts["max-file"] == "3",
-		"ulimits":     c.Ulimits["nofile"].Hard == 2000,
+		"debug":    c.Debug,
+		"live":     !c.LiveRestore,
+		"labels":   slices.Equal(c.Labels, []string{"a=1"}),
+		"log-opts": c.LogOpts["max-size"] == "10m" && c.LogOpts["max-file"] == "3",
+		"ulimits":  c.Ulimits["nofile"].Hard == 2000,
+		"builder": c.Builder.GC.Default.ReservedSpace == 1<<30 && c.Builder.GC.Rules[0].ReservedSpace == 10<<20 && c.Builder.GC.Rules[0].Filter["unused-for"][0] == "48h" &&
+			c.Builder.SecurityInsecure && c.Builder.NetworkHost && c.Builder.HistoryAge == time.Minute,
 		"pools":       len(c.AddressPools) == 1 && c.AddressPools[0].Size == 24,
 		"runtimes":    c.Runtimes["crun"].Args[0] == "--debug" && c.Runtimes["youki"].Path == "/bin/youki",
 		"proxy":       c.HTTPSProxy == "http://p:3128",

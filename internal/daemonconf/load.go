@@ -168,6 +168,10 @@ func assign(c *Config, o *option, raw json.RawMessage) error {
 			}
 		}
 		return nil
+	case "builder":
+		b, err := readBuilder(raw)
+		c.Builder = b
+		return err
 	case "default-ulimits":
 		return json.Unmarshal(raw, &c.Ulimits)
 	}

@@ -3,10 +3,13 @@ package e2e
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"dolium/test/e2e/host"
 )
@@ -413,4 +416,113 @@ func TestBuildsAtOnceShareTheirSteps(t *testing.T) {
 	}
 	h.Restart(t)
 	d.OK("build", ctx)
+}
+
+func TestADiskFullInABuildIsSaidAndSurvived(t *testing.T) {
+	t.Parallel()
+	h := host.New(t, host.Options{Stopped: true})
+	if err := os.MkdirAll(h.DataRoot, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", h.DataRoot, "tmpfs", 0, "size=48m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = unix.Unmount(h.DataRoot, unix.MNT_DETACH)
+		_ = os.RemoveAll(h.DataRoot)
+	})
+	h.Start(t)
+	h.Load(t, host.BusyboxImage())
+	usePlugins(t, h)
+	d := h.CLI(t)
+	ctx := contextDir(t, map[string]string{"Dockerfile": "FROM busybox\nRUN dd if=/dev/zero of=/big bs=1M count=100\n", "small": "FROM busybox\nRUN echo small > /f\nCMD cat /f\n"})
+	d.Fails(1, "No space left on device", "build", "--progress", "plain", ctx)
+	// What the step wrote goes in the background.
+	builds := func(dir string) {
+		t.Helper()
+		host.Eventually(t, "a small build succeeds", func() error {
+			if r := d.Run("build", "-t", "small", "-f", filepath.Join(ctx, "small"), dir); r.Code != 0 {
+				return fmt.Errorf("%s", r)
+			}
+			return nil
+		})
+	}
+	builds(contextDir(t, nil))
+	if got := d.OK("run", "--rm", "small"); got != "small" {
+		t.Errorf("%q", got)
+	}
+	// A context that doesn't fit.
+	if err := os.WriteFile(filepath.Join(ctx, "large"), make([]byte, 100<<20), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(ctx, "Dockerfile"), []byte("FROM busybox\nCOPY large /\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, kit := range []string{"0", "1"} {
+		r := d.Env("DOCKER_BUILDKIT="+kit).Run("build", ctx)
+		if r.Code == 0 || !strings.Contains(r.Stderr, "no space left on device") {
+			t.Errorf("DOCKER_BUILDKIT=%s: %s", kit, r)
+		}
+	}
+	d.OK("builder", "prune", "-af")
+	builds(contextDir(t, nil))
+	h.Stop(t)
+}
+
+func TestBuildsMayAskForWhatTheDaemonAllows(t *testing.T) {
+	t.Parallel()
+	h := host.New(t, host.Options{Stopped: true})
+	config := filepath.Join(h.Dir, "daemon.json")
+	if err := os.WriteFile(config, []byte(`{"builder": {"entitlements": {"security-insecure": true}, "gc": {"policy": [{"maxUsedSpace": "1MB", "all": true}]}}}`), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	h.Flags = []string{"--config-file", config}
+	h.Start(t)
+	h.Load(t, host.BusyboxImage())
+	usePlugins(t, h)
+	d := h.CLI(t)
+	ctx := contextDir(t, map[string]string{"Dockerfile": "FROM busybox\nRUN --security=insecure mkdir /m && mount -t tmpfs x /m && umount /m\nRUN --network=host ip -o link | grep -c outside0 > /n || true\n"})
+	d.OK("build", "--allow", "security.insecure", "--allow", "network.host", ctx)
+	d.Fails(1, "is not allowed", "build", ctx)
+	host.Eventually(t, "the cache is collected by its rule", func() error {
+		d.OK("build", "-q", contextDir(t, map[string]string{"Dockerfile": "FROM busybox\nRUN dd if=/dev/urandom of=/x bs=1M count=3\n"}))
+		if got := d.OK("buildx", "du", "--format", "{{.Size}}"); strings.Count(got, "3.1") > 4 {
+			return fmt.Errorf("%s", got)
+		}
+		return nil
+	})
+}
+
+func TestContextsComeFromGitAndTheWeb(t *testing.T) {
+	h, d := newBuildHost(t)
+	repo := contextDir(t, map[string]string{"Dockerfile": "FROM busybox\nCOPY f /f\nCMD cat /f\n", "f": "from git\n", "sub/Dockerfile": "FROM busybox\nCMD echo sub\n"})
+	for _, args := range [][]string{{"init", "-q", "-b", "main"}, {"add", "-A"}, {"-c", "user.name=t", "-c", "user.email=t@example.com", "commit", "-qm", "x"}, {"update-server-info"}} {
+		cmd := exec.Command("git", args...)
+		cmd.Dir = repo
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("git %v: %v, %s", args, err, out)
+		}
+	}
+	const web = "127.0.0.1:8077"
+	httpd := exec.Command("busybox", "httpd", "-f", "-p", web, "-h", repo)
+	if err := h.NS.Start(httpd); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = httpd.Process.Kill()
+		_ = httpd.Wait()
+	}()
+	host.Eventually(t, "the web server answers", func() error {
+		_, err := h.NS.Get("http://"+web+"/f", "")
+		return err
+	})
+	for remote, want := range map[string]string{
+		"http://" + web + "/.git#main": "from git", "http://" + web + "/.git#main:sub": "sub", "http://" + web + "/sub/Dockerfile": "sub",
+	} {
+		d.OK("build", "-t", "x", remote)
+		if got := d.OK("run", "--rm", "x"); got != want {
+			t.Errorf("%s: %q", remote, got)
+		}
+	}
+	d.Fails(1, "", "build", "http://"+web+"/.git#nosuch")
 }
