@@ -16,6 +16,7 @@ import (
 type suite struct {
 	engines  []*engine
 	registry *registry
+	buildx   string // path, empty where it is missing
 	progress io.Writer
 	quick    bool
 	deadline time.Time
@@ -36,6 +37,7 @@ func (s *suite) run(ctx context.Context) error {
 		{"exec", s.execs},
 		{"parallel", s.parallel},
 		{"pull", s.pulls},
+		{"build", s.builds},
 		{"startup", s.startups},
 	} {
 		if !s.wanted(stage.name) {

@@ -57,7 +57,7 @@ func main() {
 		return nil
 	})
 	flag.StringVar(&o.names, "start", "dolium,docker,podman", "engines to start, by `names`; empty for none")
-	flag.StringVar(&o.only, "only", "", "only the stages that match this `regexp`: density run api exec parallel pull startup")
+	flag.StringVar(&o.only, "only", "", "only the stages that match this `regexp`: density run api exec parallel pull build startup")
 	flag.StringVar(&o.binDir, "bin", "bin", "`directory` of Dolium's binaries")
 	flag.StringVar(&o.peersDir, "peers", "/var/cache/dolium-peers/bin", "`directory` of the peers (scripts/peers.sh)")
 	flag.StringVar(&o.docker, "docker-cli", "docker", "the docker `CLI`, used with every engine that serves the API")
@@ -116,6 +116,9 @@ func bench(ctx context.Context, o options, out io.Writer) error {
 	l := &launcher{scratch: scratch, binDir: binDir, peersDir: o.peersDir, docker: dockerCLI}
 	rep := &report{At: begin, Machine: thisMachine(), Quick: o.quick, Engines: map[string]string{}, Missing: map[string]string{}}
 	s := &suite{progress: out, quick: o.quick, deadline: begin.Add(o.limit), wanted: only.MatchString}
+	if path := filepath.Join(binDir, "cli-plugins", "docker-buildx"); fileExists(path) {
+		s.buildx = path
+	}
 	// Whatever happens below, engines go before the scratch directory does.
 	defer func() {
 		for _, e := range s.engines {
@@ -238,4 +241,9 @@ func keepLog(e *engine, dir string) {
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "bench: keep the log of %s: %v\n", e.name, err)
 	}
+}
+
+func fileExists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
 }

@@ -3,6 +3,7 @@ package build
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"maps"
 	"path/filepath"
 	"time"
@@ -83,7 +84,7 @@ func (b *Builder) newController(ctx context.Context, k *kit) (*control.Controlle
 	w.SourceManager.Register(fromBody)
 
 	workers := &worker.Controller{}
-	if err := workers.Add(&exportingWorker{w}); err != nil {
+	if err := workers.Add(&exportingWorker{w, images, b.cfg.Log}); err != nil {
 		return nil, err
 	}
 	k.closers = append(k.closers, workers.Close)
@@ -168,7 +169,11 @@ func buildPlatforms() []ocispec.Platform {
 }
 
 // exportingWorker is BuildKit's worker with an exporter that makes the daemon's images.
-type exportingWorker struct{ *base.Worker }
+type exportingWorker struct {
+	*base.Worker
+	images *image.Store
+	log    *slog.Logger
+}
 
 // Exporter implements worker.Worker. "moby" is what clients of Docker ask for when they want an image in the daemon.
 func (w *exportingWorker) Exporter(name string, sm *session.Manager) (exporter.Exporter, error) {
@@ -179,5 +184,5 @@ func (w *exportingWorker) Exporter(name string, sm *session.Manager) (exporter.E
 	if err != nil {
 		return nil, err
 	}
-	return imageExporter{e}, nil
+	return imageExporter{e, w.images, w.log}, nil
 }

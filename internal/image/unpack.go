@@ -39,6 +39,8 @@ type unpackJob struct {
 	diffIDs []digest.Digest
 	// ready, when set, returns once the content of layer i is in the content store.
 	ready func(ctx context.Context, i int) error
+	// dirs, when set, has the extracted layers already, see UnpackFrom.
+	dirs []string
 	// progress, when set, is told what became of layer i. Calls come from several goroutines.
 	progress func(i int, state layerState, done int64)
 }
@@ -188,6 +190,9 @@ func (s *Store) extractLayer(ctx context.Context, job unpackJob, e *extraction) 
 		return err
 	}
 	defer s.extract.Release(1)
+	if job.dirs != nil {
+		return linkTree(job.dirs[e.i], e.dir)
+	}
 	desc := job.layers[e.i]
 	diffID, err := s.extractTo(ctx, desc, e, func(n int64) {
 		if job.progress != nil {
@@ -312,6 +317,34 @@ func (s *Store) ensureUnpacked(ctx context.Context, img *Image) error {
 	}
 	defer done()
 	if err := s.unpack(ctx, unpackJob{layers: img.layers, diffIDs: img.Config.RootFS.DiffIDs}); err != nil {
+		return fmt.Errorf("unpack image %s: %w", shortID(img.ID.String()), err)
+	}
+	return s.refChain(ctx, img)
+}
+
+// UnpackFrom makes the snapshots of an image whose layers exist as directories already, the lowest first, in the form that
+// overlay wants them in and never to be changed: their files are linked, not copied. It is for whoever has just made the
+// image out of them. Error: ErrInvalidArgument when there aren't as many directories as layers.
+func (s *Store) UnpackFrom(ctx context.Context, target ocispec.Descriptor, dirs []string) error {
+	img, err := s.open(s.context(ctx), target, nil, target.Digest.String())
+	if err != nil {
+		return err
+	}
+	if err := img.checkLayers(); err != nil {
+		return err
+	}
+	if len(dirs) != len(img.layers) {
+		return fault.New(errdefs.ErrInvalidArgument, "image %s has %d layers, not %d", shortID(img.ID.String()), len(img.layers), len(dirs))
+	}
+	if img.ChainID == "" {
+		return nil
+	}
+	ctx, done, err := s.lease(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	if err := s.unpack(ctx, unpackJob{layers: img.layers, diffIDs: img.Config.RootFS.DiffIDs, dirs: dirs}); err != nil {
 		return fmt.Errorf("unpack image %s: %w", shortID(img.ID.String()), err)
 	}
 	return s.refChain(ctx, img)
