@@ -68,7 +68,7 @@ func (b *Builder) newController(ctx context.Context, k *kit) (*control.Controlle
 		MountPoolRoot:  filepath.Join(b.cfg.Root, "cachemounts"),
 	}
 	opt.BuildkitVersion = client.BuildkitVersion{Package: "github.com/moby/buildkit", Version: kitVersion()}
-	if opt.MetadataStore, err = metadata.NewStore(filepath.Join(b.cfg.Root, "metadata.db")); err != nil {
+	if opt.MetadataStore, err = metadata.NewStore(filepath.Join(b.cfg.Root, "metadata_v2.db")); err != nil {
 		return nil, err
 	}
 	w, err := base.NewWorker(ctx, opt)
