@@ -28,6 +28,7 @@ import (
 	"github.com/moby/buildkit/util/grpcerrors"
 	"github.com/moby/buildkit/util/tracing"
 	"github.com/moby/buildkit/util/tracing/detect"
+	"github.com/moby/buildkit/version"
 	"go.opentelemetry.io/contrib/instrumentation/google.golang.org/grpc/otelgrpc"
 	"go.opentelemetry.io/otel/propagation"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
@@ -148,6 +149,7 @@ func (b *Builder) start() (_ *kit, err error) {
 	// For what BuildKit does outside of any context of ours.
 	bklog.L = image.LibraryLog(b.cfg.Log)
 	log.L = bklog.L
+	version.Version = kitVersion() // what "buildx ls" shows
 	ctx, cancel := context.WithCancel(image.Context(context.Background()))
 	k := &kit{end: cancel, bodies: newBodies(), conns: newConnListener()}
 	defer func() {

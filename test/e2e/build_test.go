@@ -259,6 +259,13 @@ func TestOurClientBuildsTheLecturesWay(t *testing.T) {
 	if got := ours.OK("buildx", "du"); !strings.Contains(got, "Total:") {
 		t.Errorf("du: %q", got)
 	}
+	if err := os.WriteFile(filepath.Join(h.Home(), "docker-bake.hcl"), []byte("target \"default\" {\n  tags = [\"baked\"]\n}\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	ours.OK("bake")
+	if got := d.OK("run", "--rm", "baked"); got != "Hello World" {
+		t.Errorf("bake: %q", got)
+	}
 	ours.OK("builder", "prune", "-af")
 	if got := d.OK("system", "df", "--format", "{{.Type}} {{.TotalCount}}"); !strings.Contains(got, "Build Cache 0") {
 		t.Errorf("after prune: %q", got)
