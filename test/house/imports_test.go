@@ -27,6 +27,7 @@ var floors = map[string]int{
 	"dolium/internal/state":              1,
 	"dolium/internal/fault":              1,
 	"dolium/internal/filters":            1,
+	"dolium/internal/composefile":        1,
 	"dolium/internal/isolation/process":  2,
 	"dolium/internal/keeper/server":      1,
 	"dolium/internal/keeper/server/init": 1,
