@@ -24,11 +24,11 @@ build: deps plugins
 	CGO_ENABLED=1 $(GO) build -tags 'seccomp netgo osusergo' -ldflags '$(LDFLAGS) -extldflags -static' -o bin/dolium-keeper ./cmd/dolium-keeper
 	CGO_ENABLED=0 $(GOBUILD) -o bin/dolium-guest ./cmd/dolium-guest
 
-## plugins: buildx and Compose, as they are
+## plugins: buildx as it is, and Compose with the old formats of its files
 plugins: deps
 	@mkdir -p bin/cli-plugins
 	cd plugins && CGO_ENABLED=0 $(GO) build -ldflags '-s -w -X $(BUILDX)/version.Version=$(call version,buildx)' -o ../bin/cli-plugins/docker-buildx $(BUILDX)/cmd/buildx
-	cd plugins && CGO_ENABLED=0 $(GO) build -ldflags '-s -w -X $(COMPOSE)/internal.Version=$(call version,compose/v5)' -o ../bin/cli-plugins/docker-compose $(COMPOSE)/cmd
+	cd plugins && CGO_ENABLED=0 $(GO) build -ldflags '-s -w -X main.version=$(call version,compose/v5) -X $(COMPOSE)/internal.Version=$(call version,compose/v5)' -o ../bin/cli-plugins/docker-compose ./compose
 
 ## deps: the packages that building needs, where they are missing
 deps:

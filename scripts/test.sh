@@ -33,10 +33,11 @@ tests() {
 
 if [[ $what == all || $what == lint ]]; then
   echo "== form"
-  unformatted=$(gofmt -l cmd internal test bench examples)
+  unformatted=$(gofmt -l cmd internal test bench examples plugins)
   [[ -z $unformatted ]] || failing "not formatted by gofmt: $unformatted"
   "$GO" vet -tags seccomp ./... || failing "go vet"
   "$GO" tool staticcheck -tags seccomp ./... || failing "staticcheck"
+  (cd plugins && "$GO" vet ./...) || failing "go vet of plugins"
   shellcheck scripts/*.sh .ci/run packaging/*.sh || failing "shellcheck"
 fi
 
