@@ -4,6 +4,7 @@ import (
 	"context"
 	"io"
 	"log/slog"
+	"strings"
 
 	"github.com/containerd/log"
 	"github.com/sirupsen/logrus"
@@ -40,7 +41,13 @@ func (h slogHook) Fire(e *logrus.Entry) error {
 	}
 	args := make([]any, 0, 2*len(e.Data))
 	for k, v := range e.Data {
+		if err, ok := v.(error); ok {
+			v = err.Error() // without the stack that BuildKit's errors print
+		}
 		args = append(args, k, v)
+	}
+	if strings.HasPrefix(e.Message, "healthcheck failed") {
+		level = slog.LevelDebug // BuildKit says so of every client that has what it came for and leaves
 	}
 	ctx := e.Context
 	if ctx == nil {

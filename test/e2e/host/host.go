@@ -38,6 +38,8 @@ type Options struct {
 	Beside *Host
 	// Bin is a directory with other binaries.
 	Bin string
+	// Foreign says that the daemon in Bin is another engine, for comparison: what it leaves is no leak of ours.
+	Foreign bool
 	// Stopped doesn't start the daemon.
 	Stopped bool
 }
@@ -61,6 +63,7 @@ type Host struct {
 
 	netInode uint64
 	borrowed bool // NS belongs to another host
+	foreign  bool // the daemon isn't ours
 	home     string
 
 	mu     sync.Mutex
@@ -99,7 +102,7 @@ func NewNet(t testing.TB) *Net {
 func New(t testing.TB, o Options) *Host {
 	t.Helper()
 	number := current.next()
-	h := &Host{Name: fmt.Sprintf("%s-%d", current.name, number), Dir: fmt.Sprintf("%s/host-%d", current.dir, number), Bin: o.Bin, Flags: o.Flags}
+	h := &Host{Name: fmt.Sprintf("%s-%d", current.name, number), Dir: fmt.Sprintf("%s/host-%d", current.dir, number), Bin: o.Bin, Flags: o.Flags, foreign: o.Foreign}
 	if h.Bin == "" {
 		h.Bin = current.bin
 	}

@@ -25,6 +25,9 @@ func (h *Host) finish(t testing.TB) {
 		t.Logf("host %s\n%s", h.Name, h.LogTail(60))
 		return
 	}
+	if h.foreign {
+		return // destroyed by force
+	}
 	if h.Died() {
 		t.Errorf("the daemon of %s ended by itself\n%s", h.Name, h.LogTail(60))
 		return
