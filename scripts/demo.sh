@@ -24,7 +24,7 @@ start_registry() {
     return
   fi
   end "$root/registry.pid" images
-  setsid "$root/bin/images" serve -addr "127.0.0.1:$registry_port" -root "$root/registry" redis postgres ubuntu busybox nginx \
+  setsid "$root/bin/images" serve -addr "127.0.0.1:$registry_port" -root "$root/registry" debian ubuntu busybox nginx \
     >"$root/registry.log" 2>&1 </dev/null &
   echo $! >"$root/registry.pid"
   for _ in {1..600}; do
@@ -94,20 +94,16 @@ mkdir -p "$root/bin" "$root/client"
 ln -sfn "$bin/dolium" "$root/bin/docker"
 use_docker
 
-say "Getting images ready"
-"${GO:-go}" build -o "$root/bin/images" ./test/images
-hello=hello mirror=()
-if docker_hub_answers; then
-  note "Redis and PostgreSQL come from Docker Hub."
-  hello="hello-small"
-else
-  note "Docker Hub can't be reached: Redis and PostgreSQL are made from this system's packages and stand in under those"
-  note "names, offered by a local registry on port $registry_port. The first time this takes a minute or two."
+say "Getting ready"
+hub=yes mirror=()
+if ! docker_hub_answers; then
+  hub=
+  note "Docker Hub can't be reached: a registry on port $registry_port offers debian and ubuntu made of this system's packages,"
+  note "and redis and postgres are built on them. The first time this takes a minute or two."
+  "${GO:-go}" build -o "$root/bin/images" ./test/images
   start_registry
   mirror=(--registry-mirror "http://127.0.0.1:$registry_port")
 fi
-"$root/bin/images" -out "$root/images" "$hello" voting-app result-app worker >/dev/null ||
-  die "the images can't be made"
 
 say "Starting the daemon"
 start_daemon "${mirror[@]}"
@@ -118,17 +114,30 @@ for name in test vote result worker redis db; do
     docker rm -f -v "$name" >/dev/null || die "$name of an earlier run can't be removed"
   fi
 done
-for image in "$hello" voting-app result-app worker; do
-  docker load -q -i "$root/images/$image.tar" || die "image $image can't be loaded"
-done
 
 say "The lecture's hello world"
+cd examples/hello
+step "docker build -q -t my_first_image Dockerfile"
 step "docker run --name test my_first_image"
+cd ../..
+
+say "The lecture's voting app, built from examples/"
+if [[ -z $hub ]]; then
+  step "docker build -q -t redis -f examples/images/redis/Dockerfile test/images/mk/scripts"
+  step "docker build -q -t postgres:9.4 -f examples/images/postgres/Dockerfile test/images/mk/scripts"
+fi
+# Their first stage needs the golang image; with Go at hand anyway, its result can come from here.
+for program in vote result worker; do
+  CGO_ENABLED=0 "${GO:-go}" build -trimpath -ldflags="-s -w" -o "$root/programs/$program" "./examples/voting-app/$program"
+done
+step "docker build -q -t voting-app --target vote --build-context build=$root/programs -f examples/voting-app/Dockerfile ."
+step "docker build -q -t result-app --target result --build-context build=$root/programs -f examples/voting-app/Dockerfile ."
+step "docker build -q -t worker --target worker --build-context build=$root/programs -f examples/voting-app/Dockerfile ."
 
 say "The lecture's voting app"
 step "docker run -d --name=redis redis"
 step "docker run -d --name=db postgres:9.4"
-if [[ ${#mirror[@]} -eq 0 ]] && newer_postgres; then
+if [[ -n $hub ]] && newer_postgres; then
   note "this build of the image doesn't start without a word on authentication, so once more with one:"
   docker rm -v db >/dev/null
   step "docker run -d --name=db -e POSTGRES_HOST_AUTH_METHOD=trust postgres:9.4"
