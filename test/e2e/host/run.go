@@ -113,6 +113,9 @@ func Probe() string { return string(current.probe) }
 // Bin is the directory with the binaries under test.
 func Bin() string { return current.bin }
 
+// Scratch is a directory for what tests share; it goes with the run.
+func Scratch() string { return current.dir }
+
 // DockerPath is the docker CLI that the tests use.
 func DockerPath() string { return current.docker }
 

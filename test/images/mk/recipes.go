@@ -58,7 +58,7 @@ func recipes() []recipe {
 			},
 		}),
 		installed(recipe{
-			name: "postgres", tags: []string{"postgres:9.4", "postgres:latest"}, note: "postgresql",
+			name: "postgres", tags: []string{"postgres:9.4", "postgres:17", "postgres:latest"}, note: "postgresql",
 			config: ocispec.ImageConfig{
 				Entrypoint: []string{"docker-entrypoint.sh"}, Cmd: []string{"postgres"}, StopSignal: "SIGINT",
 				Env:          []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/usr/lib/postgresql/current/bin", "LANG=C.UTF-8", "PGDATA=/var/lib/postgresql/data"},
