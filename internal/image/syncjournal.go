@@ -11,13 +11,15 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
 // syncJournal makes unpacking durable without waiting for it. Files of layers are written without fsync; the chains they
 // make up are noted in a small durable file before their snapshots are committed, and leave it once the file system was
-// synced behind the caller's back. Chains that are still in the file after another boot may have lost files to the crash:
+// synced behind the caller's back: half a minute later, when the kernel has written most of it by itself, so that what runs
+// meanwhile doesn't wait for the disk. Chains that are still in the file after another boot may have lost files to the crash:
 // they are suspects, to be dropped and unpacked again.
 type syncJournal struct {
 	path, root, boot string
@@ -28,6 +30,7 @@ type syncJournal struct {
 	past    []string
 	idle    *sync.Cond
 	syncing bool
+	later   *time.Timer // nil when no sync is to come
 	last    error
 }
 
@@ -75,9 +78,7 @@ func (j *syncJournal) settle() error {
 			return err
 		}
 	}
-	if len(j.pending) > 0 {
-		j.start()
-	}
+	j.startLater()
 	return nil
 }
 
@@ -89,17 +90,35 @@ func (j *syncJournal) add(chains []string) error {
 	return j.write()
 }
 
-// flush begins to sync what was noted so far, without waiting.
+// syncDelay is how long the kernel is given to write by itself (vm.dirty_expire_centisecs is 30 s, too).
+const syncDelay = 30 * time.Second
+
+// flush has what was noted so far synced, later.
 func (j *syncJournal) flush() {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	j.start()
+	j.startLater()
 }
 
-// wait returns when none of the chains for which it matters waits for a sync.
+func (j *syncJournal) startLater() {
+	if j.syncing || j.later != nil || len(j.pending) == 0 {
+		return
+	}
+	j.later = time.AfterFunc(syncDelay, func() {
+		j.mu.Lock()
+		defer j.mu.Unlock()
+		j.later = nil
+		j.start()
+	})
+}
+
+// wait syncs at once when one of the chains for which it matters waits for that, and returns when none does.
 func (j *syncJournal) wait(matters func(chain string) bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if slices.ContainsFunc(j.pending, matters) {
+		j.start()
+	}
 	for j.syncing && slices.ContainsFunc(j.pending, matters) {
 		j.idle.Wait()
 	}
@@ -154,10 +173,14 @@ func (j *syncJournal) write() error {
 	return writeDurably(j.path, raw)
 }
 
+// close waits for a sync that is going on. What waits for one is in the file, for the next daemon.
 func (j *syncJournal) close() error {
-	j.flush()
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if j.later != nil {
+		j.later.Stop()
+		j.later = nil
+	}
 	for j.syncing {
 		j.idle.Wait()
 	}
