@@ -64,6 +64,9 @@ func (s *suite) builds(ctx context.Context) error {
 		return nil
 	}
 	for _, c := range buildCases {
+		if !s.wanted(c.name) {
+			continue
+		}
 		dir, err := os.MkdirTemp("", "dolium-bench-context-")
 		if err != nil {
 			return err

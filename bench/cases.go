@@ -16,7 +16,8 @@ import (
 type suite struct {
 	engines  []*engine
 	registry *registry
-	buildx   string // path, empty where it is missing
+	buildx   string // paths, empty where they are missing
+	compose  string
 	progress io.Writer
 	quick    bool
 	deadline time.Time
@@ -38,9 +39,11 @@ func (s *suite) run(ctx context.Context) error {
 		{"parallel", s.parallel},
 		{"pull", s.pulls},
 		{"build", s.builds},
+		{"compose", s.composes},
 		{"startup", s.startups},
 	} {
-		if !s.wanted(stage.name) {
+		// Of builds one may want single cases.
+		if !s.wanted(stage.name) && (stage.name != "build" || !slices.ContainsFunc(buildCases, func(c buildCase) bool { return s.wanted(c.name) })) {
 			continue
 		}
 		if time.Now().After(s.deadline) {

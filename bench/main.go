@@ -57,7 +57,7 @@ func main() {
 		return nil
 	})
 	flag.StringVar(&o.names, "start", "dolium,docker,podman", "engines to start, by `names`; empty for none")
-	flag.StringVar(&o.only, "only", "", "only the stages that match this `regexp`: density run api exec parallel pull build startup")
+	flag.StringVar(&o.only, "only", "", "only the stages that match this `regexp`: density run api exec parallel pull build compose startup")
 	flag.StringVar(&o.binDir, "bin", "bin", "`directory` of Dolium's binaries")
 	flag.StringVar(&o.peersDir, "peers", "/var/cache/dolium-peers/bin", "`directory` of the peers (scripts/peers.sh)")
 	flag.StringVar(&o.docker, "docker-cli", "docker", "the docker `CLI`, used with every engine that serves the API")
@@ -118,6 +118,9 @@ func bench(ctx context.Context, o options, out io.Writer) error {
 	s := &suite{progress: out, quick: o.quick, deadline: begin.Add(o.limit), wanted: only.MatchString}
 	if path := filepath.Join(binDir, "cli-plugins", "docker-buildx"); fileExists(path) {
 		s.buildx = path
+	}
+	if path := filepath.Join(binDir, "cli-plugins", "docker-compose"); fileExists(path) {
+		s.compose = path
 	}
 	// Whatever happens below, engines go before the scratch directory does.
 	defer func() {

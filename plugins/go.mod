@@ -1,5 +1,5 @@
-// The CLI's plugins: buildx and Compose as they are, built from their own modules at the versions named here and put
-// beside the CLI. They are not part of the CLI's binary, which every "dolium run" would pay for with 12 ms.
+// The CLI's plugins: buildx as it is, and Compose with the old formats of its files, built from their own modules at the
+// versions named here and put beside the CLI. They are not part of its binary: every "dolium run" would pay 12 ms for them.
 module dolium/plugins
 
 go 1.26.8

@@ -44,6 +44,9 @@ func serve(cfg *daemonconf.Config, args []string) error {
 		return err
 	}
 	defer roots.release()
+	if err := useTempDir(cfg.DataRoot); err != nil {
+		return err
+	}
 	removePidfile, err := writePidfile(cfg.Pidfile)
 	if err != nil {
 		return err

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 
+	"dolium/internal/build"
 	"dolium/internal/daemonconf"
 
 	"golang.org/x/sys/unix"
@@ -139,4 +140,17 @@ func addresses(list []string) []netip.Addr {
 		}
 	}
 	return out
+}
+
+// useTempDir makes the data root's tmp the place for temporary files of this program, and empties it: what a killed daemon
+// was in the middle of may have mounts there.
+func useTempDir(dataRoot string) error {
+	dir := filepath.Join(dataRoot, "tmp")
+	if err := build.RemoveMounted(dir); err != nil {
+		return fmt.Errorf("clean up %s: %w", dir, err)
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	return os.Setenv("TMPDIR", dir)
 }

@@ -70,7 +70,7 @@ func (b *Builder) removeLeftSteps(ctx context.Context) error {
 	}
 	for _, e := range entries {
 		dir := filepath.Join(b.cfg.ExecRoot, e.Name())
-		if err := removeMounted(dir); err != nil {
+		if err := RemoveMounted(dir); err != nil {
 			return fmt.Errorf("remove what is left of a build step: %w", err)
 		}
 		_ = b.deps.Networks.Stop(ctx, e.Name()) // it may have none

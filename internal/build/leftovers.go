@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// removeMounted unmounts everything below dir, the deepest first, and removes dir.
-func removeMounted(dir string) error {
+// RemoveMounted unmounts everything below dir, the deepest first, and removes dir.
+func RemoveMounted(dir string) error {
 	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
 	if err != nil {
 		return err

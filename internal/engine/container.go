@@ -91,6 +91,8 @@ type run struct {
 	ended chan struct{}
 	// stopping is set when a client asked the run to end, so that no restart policy applies.
 	stopping bool
+	// unhealthy is set when its failing healthcheck ended it, see restartOnLabel.
+	unhealthy bool
 }
 
 // running says whether a run is under way. Call with mu held.

@@ -142,6 +142,9 @@ func (e *Engine) complete(id string, cfg *container.Config, host *container.Host
 	if err := container.ValidateRestartPolicy(host.RestartPolicy); err != nil {
 		return nil, invalid("%w", err)
 	}
+	if err := validateRestartOn(cfg, host.RestartPolicy); err != nil {
+		return nil, err
+	}
 	if host.AutoRemove && !host.RestartPolicy.IsNone() {
 		return nil, invalid("can't create 'AutoRemove' container with restart policy")
 	}

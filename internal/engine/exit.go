@@ -113,7 +113,7 @@ func (e *Engine) shouldRestart(c *Container, r *run, code int) bool {
 	case p.IsAlways(), p.IsUnlessStopped():
 		return true
 	case p.IsOnFailure():
-		return code != 0 && (p.MaximumRetryCount == 0 || c.rec.RestartCount < p.MaximumRetryCount)
+		return (code != 0 || r.unhealthy) && (p.MaximumRetryCount == 0 || c.rec.RestartCount < p.MaximumRetryCount)
 	default:
 		return false
 	}

@@ -237,6 +237,65 @@ func (m *healthRun) record(ctx context.Context, result *container.HealthcheckRes
 	m.e.saveHealth(m.rec.ID, m.startedAt, now)
 	if now.Status != old.Status {
 		m.e.containerEvent(m.c, events.ActionHealthStatus+events.Action(": "+string(now.Status)), nil)
+		if now.Status == container.Unhealthy && m.rec.Config.Labels[restartOnLabel] == restartOnUnhealthy {
+			m.e.background(m.endUnhealthy)
+		}
+	}
+}
+
+// restartOnLabel is a label of containers that says what their restart policy is for beside the end of their process:
+// "unhealthy" ends a container whose healthcheck fails, so that the policy brings it back. Docker leaves that to swarm mode.
+const (
+	restartOnLabel     = "dolium.restart-on"
+	restartOnUnhealthy = "unhealthy"
+)
+
+// validateRestartOn checks that label. Error: ErrInvalidArgument.
+func validateRestartOn(cfg *container.Config, policy container.RestartPolicy) error {
+	switch v, ok := cfg.Labels[restartOnLabel]; {
+	case !ok:
+		return nil
+	case v != restartOnUnhealthy:
+		return invalid("label %s: %q is not known, only %q", restartOnLabel, v, restartOnUnhealthy)
+	case policy.IsNone():
+		return invalid("label %s=%s needs a restart policy, as of --restart", restartOnLabel, v)
+	}
+	return nil
+}
+
+// endUnhealthy stops a container as "docker stop" would, but leaves it to its restart policy.
+func (m *healthRun) endUnhealthy(ctx context.Context) {
+	m.c.mu.Lock()
+	r := m.c.run
+	if r == nil || !r.StartedAt.Equal(m.startedAt) || r.stopping {
+		m.c.mu.Unlock()
+		return
+	}
+	r.unhealthy = true
+	m.c.mu.Unlock()
+	m.e.log.Info("a container is unhealthy: its restart policy starts it again", "container", m.rec.ID)
+	sig, timeout, err := m.c.howToStop(StopOptions{})
+	if err != nil {
+		sig, timeout = syscall.SIGKILL, 0
+	}
+	m.e.resumeToDie(ctx, m.c, r)
+	if err := r.inst.Signal(ctx, sig); err == nil && timeout != 0 {
+		var expired <-chan time.Time
+		if timeout > 0 {
+			timer := time.NewTimer(time.Duration(timeout) * time.Second)
+			defer timer.Stop()
+			expired = timer.C
+		}
+		select {
+		case <-r.ended:
+			return
+		case <-ctx.Done():
+			return
+		case <-expired:
+		}
+	}
+	if err := m.e.killHard(ctx, m.c, r); err != nil && ctx.Err() == nil {
+		m.e.log.Warn("an unhealthy container doesn't end", "container", m.rec.ID, "error", err)
 	}
 }
 

@@ -272,6 +272,36 @@ func TestHealthIsCheckedAndReported(t *testing.T) {
 	}
 }
 
+func TestAnUnhealthyContainerIsRestartedWhenItsLabelSaysSo(t *testing.T) {
+	_, d := newHost(t)
+	args := []string{"run", "-d", "--init", "--health-cmd", "test ! -e /broken", "--health-interval", "200ms", "--health-retries", "2"}
+	run := func(name string, more ...string) {
+		d.OK(append(append(args[:len(args):len(args)], append([]string{"--name", name}, more...)...), "busybox", "sleep", "1000")...)
+	}
+	run("always", "--restart", "always", "-l", "dolium.restart-on=unhealthy")
+	run("failure", "--restart", "on-failure:3", "-l", "dolium.restart-on=unhealthy")
+	run("plain", "--restart", "always")
+	for _, name := range []string{"always", "failure", "plain"} {
+		d.OK("exec", name, "touch", "/broken") // stays, as the file is in the container's layer
+	}
+	for _, name := range []string{"always", "failure"} {
+		host.Eventually(t, name+" is restarted twice", func() error {
+			if got := d.Inspect(name, "{{.RestartCount}}"); got == "0" || got == "1" {
+				return fmt.Errorf("%s restarts", got)
+			}
+			return nil
+		})
+	}
+	waitState(t, d, "plain", "{{.State.Health.Status}} {{.RestartCount}}", "unhealthy 0")
+	waitState(t, d, "failure", "{{.State.Status}} {{.RestartCount}}", "exited 3")
+	d.OK("stop", "-t", "0", "always")
+	if got := d.Inspect("always", "{{.State.Status}}"); got != "exited" {
+		t.Errorf("stopped by its user it is %s", got)
+	}
+	d.Fails(125, `only "unhealthy"`, "run", "--restart", "always", "-l", "dolium.restart-on=moon", "busybox")
+	d.Fails(125, "needs a restart policy", "run", "-l", "dolium.restart-on=unhealthy", "busybox")
+}
+
 func TestEventsTellWhatHappened(t *testing.T) {
 	_, d := newHost(t)
 	start := time.Now()
