@@ -108,12 +108,12 @@ fi
 say "Starting the daemon"
 start_daemon "${mirror[@]}"
 note "doliumd has its data in $root, its sockets in $run."
-for name in test vote result worker redis db; do
-  if docker inspect --type container "$name" >/dev/null 2>&1; then
-    note "removing $name of an earlier run"
-    docker rm -f -v "$name" >/dev/null || die "$name of an earlier run can't be removed"
-  fi
-done
+mapfile -t earlier < <(docker ps -aq)
+if [[ ${#earlier[@]} -gt 0 ]]; then
+  note "removing what an earlier run left on it"
+  docker rm -f -v "${earlier[@]}" >/dev/null || die "the containers of an earlier run can't be removed"
+  docker volume prune -af >/dev/null || die "the volumes of an earlier run can't be removed"
+fi
 
 say "The lecture's hello world"
 cd examples/hello
@@ -124,7 +124,7 @@ cd ../..
 say "The lecture's voting app, built from examples/"
 if [[ -z $hub ]]; then
   step "docker build -q -t redis -f examples/images/redis/Dockerfile test/images/mk/scripts"
-  step "docker build -q -t postgres:9.4 -f examples/images/postgres/Dockerfile test/images/mk/scripts"
+  step "docker build -q -t postgres:9.4 -t postgres:17 -f examples/images/postgres/Dockerfile test/images/mk/scripts"
 fi
 # Their first stage needs the golang image; with Go at hand anyway, its result can come from here.
 for program in vote result worker; do
@@ -157,6 +157,18 @@ patiently "the votes don't show in the result (it says: $(count)); see docker lo
 note "the result says $(count)"
 
 step "docker ps"
+
+say "The same as a Compose file, with healthchecks and volumes"
+docker rm -f -v vote result worker redis db >/dev/null || die "the containers of the voting app can't be removed"
+step "docker compose --progress quiet -f examples/voting-app/compose.yaml up -d --wait"
+patiently "the voting page doesn't answer; see docker compose -p voting-app logs" 30 answers http://localhost:5000/
+for vote in a b b; do
+  curl -fsS -o /dev/null -m 20 -d vote=$vote http://localhost:5000/ || die "a vote wasn't taken"
+done
+votes_a=1 votes_b=2
+patiently "the votes don't show in the result (it says: $(count))" 60 counted
+note "three more votes; the result says $(count)"
+step "docker compose -p voting-app ps"
 
 address=$(hostname -I 2>/dev/null | cut -d' ' -f1)
 say "It runs. Open"
