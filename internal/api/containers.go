@@ -30,6 +30,7 @@ type containerEngine interface {
 	ContainerResize(ctx context.Context, ref string, rows, cols uint32) error
 	ContainerTop(ctx context.Context, ref, psArgs string) (*container.TopResponse, error)
 	ContainerUpdate(ctx context.Context, ref string, update container.UpdateConfig) (container.UpdateResponse, error)
+	ContainerUpdatePorts(ctx context.Context, ref string, update engine.PortsUpdate) error
 	ContainerChanges(ctx context.Context, ref string) ([]container.FilesystemChange, error)
 	ContainerCommit(ctx context.Context, ref string, opts engine.CommitOptions) (string, error)
 }
@@ -52,6 +53,7 @@ func (a containerAPI) routes() []route {
 		{"POST", "/containers/{name}/unpause", a.unpause},
 		{"POST", "/containers/{name}/rename", a.rename},
 		{"POST", "/containers/{name}/update", a.update},
+		{"POST", "/containers/{name}/ports", a.updatePorts},
 		{"POST", "/containers/{name}/resize", a.resize},
 		{"DELETE", "/containers/{name}", a.remove},
 		{"POST", "/commit", a.commit},
@@ -253,6 +255,15 @@ func (a containerAPI) changes(w http.ResponseWriter, r *request) error {
 		return err
 	}
 	return writeJSON(w, http.StatusOK, changes)
+}
+
+// updatePorts is Dolium's own: Docker can't change the ports of a container. The body is an engine.PortsUpdate.
+func (a containerAPI) updatePorts(w http.ResponseWriter, r *request) error {
+	var update engine.PortsUpdate
+	if err := r.json(&update); err != nil {
+		return err
+	}
+	return noContent(w, a.engine.ContainerUpdatePorts(r.orders(), r.name, update))
 }
 
 func (a containerAPI) update(w http.ResponseWriter, r *request) error {

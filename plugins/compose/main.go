@@ -27,7 +27,8 @@ func main() {
 	plugin.Run(rootCommand, metadata.Metadata{SchemaVersion: "0.1.0", Vendor: "Docker Inc.", Version: version}, command.WithUserAgent("compose/"+version))
 }
 
-func rootCommand(cli command.Cli) *cobra.Command {
+func rootCommand(plain command.Cli) *cobra.Command {
+	cli := &labellingCLI{Cli: plain}
 	cmd := commands.RootCommand(cli, &commands.BackendOptions{Options: []compose.Option{
 		compose.WithPrompt(prompt.NewPrompt(cli.In(), cli.Out()).Confirm),
 	}})
@@ -41,10 +42,13 @@ func rootCommand(cli command.Cli) *cobra.Command {
 		if err := readOldFiles(cmd, cli.Err()); err != nil {
 			return dockercli.StatusError{StatusCode: 15, Status: err.Error()} // what Compose ends with for a bad file
 		}
-		if own == nil {
-			return nil
+		if own != nil {
+			if err := own(c, args); err != nil {
+				return err
+			}
 		}
-		return own(c, args)
+		cli.adaptPorts(cmd, c)
+		return nil
 	}
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
 		return dockercli.StatusError{StatusCode: 1, Status: err.Error()}

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -272,6 +273,54 @@ networks: {front: {}, back: {internal: true}}
 		p.says("healthy", "compose", "ps", "--format", "{{.Health}}")
 	}},
 	{name: "exit code of a service", files: file("services:\n  test: {image: busybox, command: sh -c 'sleep 0.5; exit 4'}\n  db:\n    " + sleeper), up: []string{"up", "--exit-code-from", "test", "-t", "0"}, fails: "exit:4"},
+	{
+		name: "pull, push and publish", files: file("services:\n  a:\n    image: " + registryAddress + "/app:1\n    init: true\n    command: sleep 1000\n    build: {dockerfile_inline: \"FROM busybox\\nRUN echo pushed > /f\"}\n"),
+		up: []string{"config", "-q"}, check: func(t *testing.T, p *project) {
+			p.h.NS.Registry(t, registryAddress, host.Anonymous)
+			p.ok("compose", "build", "-q")
+			p.ok("compose", "push", "-q")
+			p.ok("rmi", registryAddress+"/app:1")
+			p.ok("compose", "pull", "-q")
+			p.ok("compose", "up", "-d", "--no-build")
+			p.says("pushed", "compose", "exec", "-T", "a", "cat", "/f")
+		},
+	},
+	{
+		name:  "watch",
+		files: files("compose.yaml", "services:\n  a:\n    init: true\n    command: sleep 1000\n    build: .\n    develop:\n      watch: [{action: sync, path: ./src, target: /src}]\n", "Dockerfile", "FROM busybox\nCOPY src /src\n", "src/f", "old"),
+		check: func(t *testing.T, p *project) {
+			w := p.c.Go(p.args("compose", "watch", "--no-up")...)
+			host.Eventually(t, "it watches", func() error {
+				if !strings.Contains(w.Stdout()+w.Stderr(), "Watch enabled") {
+					return fmt.Errorf("%s%s", w.Stdout(), w.Stderr())
+				}
+				return nil
+			})
+			p.write("src/f", "new") // once: it waits for changes to come to a rest
+			host.Eventually(t, "a change is synced", func() error {
+				if got := p.ok("compose", "exec", "-T", "a", "cat", "/src/f"); got != "new" {
+					return fmt.Errorf("%q, watch says %s%s", got, w.Stdout(), w.Stderr())
+				}
+				return nil
+			})
+			w.Signal(syscall.SIGINT)
+			w.Wait()
+			p.ok("compose", "down", "-v", "-t", "0", "--rmi", "local")
+		},
+	},
+	{name: "scale and events", files: file("services:\n  a:\n    " + sleeper), check: func(t *testing.T, p *project) {
+		events := p.c.Go(p.args("compose", "events", "--json")...)
+		host.Eventually(t, "events are told", func() error {
+			p.ok("compose", "scale", "a=3")
+			p.ok("compose", "scale", "a=1")
+			if !strings.Contains(events.Stdout(), `"action":"create"`) {
+				return fmt.Errorf("%s%s", events.Stdout(), events.Stderr())
+			}
+			return nil
+		})
+		events.Signal(syscall.SIGINT)
+		p.says("1", "compose", "ps", "-q", "#lines")
+	}},
 	{name: "forty services", files: file(many(40)), check: func(t *testing.T, p *project) {
 		if got := p.ok("compose", "ps", "--services"); len(strings.Fields(got)) != 40 {
 			t.Errorf("%s", got)

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"io"
 	"net/http"
 	"net/url"
 	"os"
@@ -122,4 +123,93 @@ func voteAll(t *testing.T, h *host.Host, n int) {
 		}
 		return err
 	})
+}
+
+// A change of ports alone is made on the running container, whose connections stay open; any other makes it anew.
+func TestComposeChangesPortsInPlace(t *testing.T) {
+	h, d := newWebHost(t)
+	ours := composers(t, h)["dolium"]
+	dir := contextDir(t, nil)
+	compose := func(args ...string) host.Result {
+		t.Helper()
+		r := ours.Run(append([]string{"compose", "--project-directory", dir, "-p", "p", "-f", filepath.Join(dir, "compose.yaml")}, args...)...)
+		if r.Code != 0 {
+			t.Fatal(r)
+		}
+		return r
+	}
+	up := func(ports string, more ...string) (id string, r host.Result) {
+		t.Helper()
+		text := "services:\n  web:\n    image: web\n    ports: [" + ports + "]\n" + strings.Join(more, "")
+		if err := os.WriteFile(filepath.Join(dir, "compose.yaml"), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		r = compose("up", "-d", "-t", "0")
+		return strings.TrimSpace(compose("ps", "-q", "--no-trunc").Stdout), r
+	}
+	at := func(port string) string { return "http://" + h.IP + ":" + port + "/" }
+
+	first, _ := up(`"8081:80", "8007:7"`)
+	reaches(t, h.Net.Outside, at("8081"), "", "hello from "+first[:12])
+	conn, err := h.Net.Outside.Dial(t.Context(), "tcp", h.IP+":8007")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	echo := func(text string) {
+		t.Helper()
+		_ = conn.SetDeadline(time.Now().Add(host.Patience))
+		if _, err := conn.Write([]byte(text)); err != nil {
+			t.Fatal(err)
+		}
+		back := make([]byte, len(text))
+		if _, err := io.ReadFull(conn, back); err != nil || string(back) != text {
+			t.Fatalf("%q, %v", back, err)
+		}
+	}
+	echo("before")
+
+	second, r := up(`"8082:80", "8007:7", "8083:80"`)
+	if second != first || !strings.Contains(r.Stderr, "Ports changed in place") {
+		t.Errorf("made anew: %s", r)
+	}
+	reaches(t, h.Net.Outside, at("8082"), "", "hello from "+first[:12])
+	reaches(t, h.Net.Outside, at("8083"), "", "hello from "+first[:12])
+	refuses(t, h.Net.Outside, at("8081"))
+	echo("after")
+	if got := d.OK("port", first); !strings.Contains(got, "80/tcp -> 0.0.0.0:8082") || strings.Contains(got, "8081") {
+		t.Errorf("ports: %s", got)
+	}
+	if again, r := up(`"8082:80", "8007:7", "8083:80"`); again != first || strings.Contains(r.Stderr, "in place") || strings.Contains(r.Stderr, "Recreate") {
+		t.Errorf("without a change: %s", r)
+	}
+	// A host port goes over to another port of the container.
+	if id, r := up(`"8082:7", "8007:80"`); id != first {
+		t.Errorf("made anew: %s", r)
+	}
+	reaches(t, h.Net.Outside, at("8007"), "", "hello from "+first[:12])
+
+	// What was changed outlives the daemon and the container's restart.
+	h.Crash(t)
+	reaches(t, h.Net.Outside, at("8007"), "", "hello from "+first[:12])
+	d.OK("restart", "-t", "0", first)
+	reaches(t, h.Net.Outside, at("8007"), "", "hello from "+first[:12])
+
+	// A port in use changes nothing.
+	d.OK("run", "-d", "--name", "other", "-p", "8090:80", "web")
+	status, answer := h.API(t, "POST", "/containers/"+first+"/ports", map[string]any{"PortBindings": map[string]any{"80/tcp": []any{map[string]string{"HostPort": "8090"}}}})
+	if status < 400 || !strings.Contains(answer, "port is already allocated") {
+		t.Errorf("%d %s", status, answer)
+	}
+	reaches(t, h.Net.Outside, at("8007"), "", "hello from "+first[:12])
+	if status, answer := h.API(t, "POST", "/containers/"+first+"/ports", map[string]any{"PortBindings": map[string]any{"80/tcp": []any{map[string]string{"HostPort": "abc"}}}}); status != http.StatusBadRequest {
+		t.Errorf("%d %s", status, answer)
+	}
+	d.OK("rm", "-f", "other")
+
+	if id, r := up(`"8007:80"`, "    environment: {NEW: '1'}\n"); id == first || strings.Contains(r.Stderr, "in place") {
+		t.Errorf("another change: %s", r)
+	}
+	compose("down", "-t", "0")
+	nothingLeft(t, d)
 }
