@@ -40,6 +40,9 @@ func (e *Engine) ended(c *Container, r *run, exit isolation.Exit) {
 	ctx := context.WithoutCancel(e.ctx)
 
 	c.mu.Lock()
+	if exit.At.Before(r.StartedAt) {
+		exit.At = r.StartedAt // it was over before its start was known here
+	}
 	lasted := exit.At.Sub(r.StartedAt)
 	restart := e.shouldRestart(c, r, exit.Code)
 	status := container.StateExited

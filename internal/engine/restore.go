@@ -91,7 +91,8 @@ func (e *Engine) takeBack(ctx context.Context, c *Container, r *run) {
 	if err != nil && !errors.Is(err, errdefs.ErrNotFound) {
 		e.log.Error("container can't be taken back", "container", rec.ID, "error", err)
 	}
-	recorded := rec.State.FinishedAt.After(r.StartedAt) && rec.State.StartedAt.Equal(r.StartedAt)
+	over := rec.State.Status == container.StateExited || rec.State.Status == container.StateRestarting
+	recorded := over && rec.State.StartedAt.Equal(r.StartedAt)
 	if recorded || r.PID == 0 && (r.inst == nil || r.inst.PID() == 0) {
 		// The last daemon died after it had recorded the exit, or before the process ran.
 		e.release(ctx, c, r)
