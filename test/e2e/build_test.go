@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"os"
 	"os/exec"
@@ -531,5 +532,20 @@ func TestContextsComeFromGitAndTheWeb(t *testing.T) {
 			t.Errorf("%s: %q", remote, got)
 		}
 	}
-	d.Fails(1, "", "build", "http://"+web+"/.git#nosuch")
+	d.Fails(1, "nosuch", "build", "http://"+web+"/.git#nosuch")
+	sum := fmt.Sprintf("sha256:%x", sha256.Sum256([]byte("from git\n")))
+	for file, want := range map[string]string{
+		"ADD http://" + web + "/f /f\nCMD cat /f":                                     "from git",
+		"ADD --checksum=" + sum + " http://" + web + "/f /f\nCMD cat /f":              "from git",
+		"ADD --chmod=600 http://" + web + "/f /f\nCMD stat -c %a /f":                  "600",
+		"ADD http://" + web + "/.git#main:sub /repo\nCMD ls /repo":                    "Dockerfile",
+		"ADD --keep-git-dir=true http://" + web + "/.git#main /repo\nCMD ls -A /repo": ".git\nDockerfile\nf\nsub",
+	} {
+		d.OK("build", "-t", "x", contextDir(t, map[string]string{"Dockerfile": "FROM busybox\n" + file + "\n"}))
+		if got := d.OK("run", "--rm", "x"); got != want {
+			t.Errorf("%s: %q, want %q", file, got, want)
+		}
+	}
+	d.Fails(1, "digest mismatch", "build", contextDir(t, map[string]string{"Dockerfile": "FROM busybox\nADD --checksum=" + sum + " http://" + web + "/Dockerfile /f\n"}))
+	d.Fails(1, "404", "build", contextDir(t, map[string]string{"Dockerfile": "FROM busybox\nADD http://" + web + "/nosuch /f\n"}))
 }
