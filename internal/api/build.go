@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -57,22 +58,13 @@ func (a buildAPI) build(w http.ResponseWriter, r *request) error {
 	err = a.builder.Build(r.Context(), o, r.Body, p.send)
 	if rw, ok := w.(*response); ok && rw.started && err != nil {
 		m := &jsonstream.Error{Message: err.Error()}
-		if c := new(build.CommandError); asCommandError(err, &c) {
+		if c := (*build.CommandError)(nil); errors.As(err, &c) {
 			m.Code = c.Code
 		}
 		p.send(jsonstream.Message{Error: m})
 		return nil
 	}
 	return err
-}
-
-// asCommandError is errors.As for the one kind of error that has a code of its own.
-func asCommandError(err error, target **build.CommandError) bool {
-	c, ok := err.(*build.CommandError) //nolint:errorlint // Build returns it as it is
-	if ok {
-		*target = c
-	}
-	return ok
 }
 
 func buildOptions(r *request) (build.Options, error) {
