@@ -7,6 +7,7 @@ set -euo pipefail
 build=(gcc:gcc pkg-config:pkg-config /usr/include/seccomp.h:libseccomp-dev)
 demo=("${build[@]}" mmdebstrap:mmdebstrap curl:curl /bin/busybox:busybox-static ps:procps)
 test=("${demo[@]}" nft:nftables ip:iproute2 iptables:iptables chromium:chromium shellcheck:shellcheck git:git runc:runc crun:crun
+  qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils mkfs.ext4:e2fsprogs
   redis-server:redis-server '/usr/lib/postgresql/*/bin/postgres:postgresql')
 
 case "${1:-}" in

@@ -18,6 +18,7 @@ import (
 	"dolium/internal/image"
 	"dolium/internal/isolation"
 	"dolium/internal/isolation/process"
+	"dolium/internal/isolation/vm"
 	"dolium/internal/network"
 	"dolium/internal/state"
 	"dolium/internal/volume"
@@ -97,12 +98,19 @@ func serve(cfg *daemonconf.Config, args []string) error {
 	}
 	defer processes.Close()
 
+	machines, err := vm.New(vm.Config{
+		ExecRoot: cfg.ExecRoot, DataRoot: cfg.DataRoot, CgroupParent: cfg.CgroupParent, SystemdCgroup: cfg.SystemdCgroup, Log: log,
+	}, processes.Keeper())
+	if err != nil {
+		return err
+	}
+
 	// The engine on top, and what was running under an earlier daemon.
 	e, err := engine.New(engineConfig(cfg), engine.Deps{
 		State: db, Images: images, Networks: networks, Volumes: volumes, Events: published, Log: log,
-		Drivers: map[container.Isolation]isolation.Driver{"process": processes},
+		Drivers: map[container.Isolation]isolation.Driver{"process": processes, "vm": machines},
 		ValidateIsolation: map[container.Isolation]func(*container.Config, *container.HostConfig) ([]string, error){
-			"process": process.Validate,
+			"process": process.Validate, "vm": vm.Validate,
 		},
 	})
 	if err != nil {

@@ -210,7 +210,7 @@ func (e *Engine) driver(i container.Isolation) (isolation.Driver, error) {
 	}
 	d, ok := e.drivers[i]
 	if !ok {
-		return nil, fault.New(errdefs.ErrInvalidArgument, "invalid isolation %q: this daemon runs containers with isolation \"process\" only", i)
+		return nil, fault.New(errdefs.ErrInvalidArgument, "invalid isolation %q: there is \"process\" (the default) and \"vm\"", i)
 	}
 	return d, nil
 }

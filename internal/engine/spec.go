@@ -107,14 +107,14 @@ func linkEnv(name, alias string, other *record, r *run) []string {
 }
 
 // spec is what the isolation driver gets for one run.
-func (e *Engine) spec(rec *record, rootfs string, sandbox *network.Sandbox, mounts []mountPoint, linkEnv []string) (*isolation.Spec, error) {
+func (e *Engine) spec(rec *record, root root, sandbox *network.Sandbox, mounts []mountPoint, linkEnv []string) (*isolation.Spec, error) {
 	cfg, host := rec.Config, rec.HostConfig
 	attrs, err := logAttrs(rec)
 	if err != nil {
 		return nil, err
 	}
 	s := &isolation.Spec{
-		ID: rec.ID, Name: rec.Name, Config: cfg, Host: host, Rootfs: rootfs,
+		ID: rec.ID, Name: rec.Name, Config: cfg, Host: host, Rootfs: root.mounted, Disk: root.disk,
 		Hostname: cfg.Hostname, Domainname: cfg.Domainname,
 		SeccompProfile: e.cfg.SeccompProfile, CgroupParent: e.cfg.CgroupParent, SystemdCgroup: e.cfg.SystemdCgroup,
 		Init: host.Init != nil && *host.Init,
@@ -257,7 +257,7 @@ func (e *Engine) systemMounts(rec *record, netFiles string, mounts []mountPoint)
 		if _, err := os.Stat(source); err != nil {
 			continue // with the host's UTS namespace there is no hostname file of ours
 		}
-		out = append(out, isolation.Mount{Source: source, Target: target, Type: "bind", Options: options})
+		out = append(out, isolation.Mount{Source: source, Target: target, Type: "bind", Options: options, Managed: true})
 	}
 	return out
 }

@@ -93,11 +93,10 @@ func (e *Engine) launch(ctx context.Context, c *Container, rec *record) (_ *run,
 	if err != nil {
 		return nil, err
 	}
-	rootfs, err := e.images.MountLayer(ctx, rec.ID)
+	root, err := e.makeRoot(ctx, driver, rec.ID, &u)
 	if err != nil {
 		return nil, err
 	}
-	u.add(func() { e.images.UnmountLayer(ctx, rec.ID) })
 	mounts, err := e.mountSources(ctx, rec, &u)
 	if err != nil {
 		return nil, err
@@ -115,7 +114,7 @@ func (e *Engine) launch(ctx context.Context, c *Container, rec *record) (_ *run,
 	} else {
 		r.Sandbox = &network.Sandbox{}
 	}
-	spec, err := e.spec(rec, rootfs, r.Sandbox, mounts, env)
+	spec, err := e.spec(rec, root, r.Sandbox, mounts, env)
 	if err != nil {
 		return nil, err
 	}
@@ -140,6 +139,29 @@ func (e *Engine) launch(ctx context.Context, c *Container, rec *record) (_ *run,
 	}
 	u.done()
 	return r, nil
+}
+
+// root is what a container's files are on: mounted on the host, or disks.
+type root struct {
+	mounted string
+	disk    *isolation.Disk
+}
+
+// makeRoot readies a container's root for its driver.
+func (e *Engine) makeRoot(ctx context.Context, driver isolation.Driver, id string, u *undo) (root, error) {
+	if _, ok := driver.(isolation.DiskRooter); ok {
+		d, err := e.images.LayerDisk(ctx, id)
+		if err != nil {
+			return root{}, err
+		}
+		return root{disk: &isolation.Disk{Lower: d.Lower, Dir: d.Dir, Volatile: d.Volatile}}, nil
+	}
+	mounted, err := e.images.MountLayer(ctx, id)
+	if err != nil {
+		return root{}, err
+	}
+	u.add(func() { e.images.UnmountLayer(ctx, id) })
+	return root{mounted: mounted}, nil
 }
 
 // kindOf is the kind of an error for one that wraps it with other words.

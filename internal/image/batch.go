@@ -108,5 +108,8 @@ func (s *Store) GarbageCollect(ctx context.Context) (gc.Stats, error) {
 		return nil, fmt.Errorf("collect garbage: %w", err)
 	}
 	s.parsed.clear()
+	if err := s.dropDisks(ctx); err != nil {
+		s.log.Warn("disks of removed layers are left", "err", err)
+	}
 	return stats, nil
 }

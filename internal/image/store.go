@@ -103,6 +103,7 @@ type Store struct {
 	usages   usageCache
 	chains   *chainTable
 	layers   *keyed   // serializes work on one container layer
+	disks    *keyed   // and on the disk of one chain
 	unpacks  *keyed   // serializes extraction of one chain
 	pulls    *keyed   // serializes download of one blob
 	active   sync.Map // IDs of pull leases in use
@@ -141,7 +142,7 @@ func New(ctx context.Context, cfg Config) (_ *Store, retErr error) {
 	}
 	s := &Store{
 		cfg: cfg, log: cfg.Log, liblog: LibraryLog(cfg.Log), inUse: cfg.InUse,
-		layers: newKeyed(), unpacks: newKeyed(), pulls: newKeyed(),
+		layers: newKeyed(), disks: newKeyed(), unpacks: newKeyed(), pulls: newKeyed(),
 		extract: semaphore.NewWeighted(int64(max(2, runtime.GOMAXPROCS(0)))),
 	}
 	if err := checkOverlay(root); err != nil {

@@ -100,6 +100,18 @@ type Warmer interface {
 	Warm()
 }
 
+// DiskRooter is the role of drivers whose workloads have their root on disks of their own: they get Spec.Disk, and
+// nothing is mounted on the host.
+type DiskRooter interface {
+	RootOnDisk()
+}
+
+// Networker is the role of workloads that don't live in the network namespace that was made for them, and must be told
+// when interfaces, addresses or routes in it have changed.
+type Networker interface {
+	NetworkChanged(ctx context.Context) error
+}
+
 // Stream carries standard streams in Docker's wire format: what is read is the raw terminal stream when the process has
 // a terminal, else stdout and stderr in frames as of github.com/moby/moby/api/pkg/stdcopy (8-byte header: stream, 0, 0, 0,
 // big-endian length). What is written is stdin, raw. Reading ends with io.EOF when the process has ended and all output
@@ -153,8 +165,9 @@ type Spec struct {
 	// Hostname and Domainname of the UTS namespace; empty with the host's.
 	Hostname, Domainname string
 
-	// Rootfs is the mounted root of the container on the host.
+	// Rootfs is the mounted root of the container on the host; Disk are its disks instead, for a DiskRooter.
 	Rootfs string
+	Disk   *Disk
 
 	// Mounts in the order to mount, parents first; they include /etc/hosts, /etc/hostname, /etc/resolv.conf, volumes,
 	// binds, tmpfs and /dev/shm. The driver adds its own (/proc, /sys, /dev, ...) before them.
@@ -185,8 +198,18 @@ type Spec struct {
 	Log LogSpec
 }
 
+// Disk is a root on disks. Lower is a raw image of an ext4 file system, read-only and shared with others; Dir a directory
+// of the container's own, which is removed with it, for a writable disk. A Volatile one needn't survive a crash of the
+// host.
+type Disk struct {
+	Lower, Dir string
+	Volatile   bool
+}
+
 // Mount is one mount inside the root.
 type Mount struct {
+	// Managed says that the source is a small file that the engine keeps and changes while the workload runs.
+	Managed bool
 	// Source on the host; empty for tmpfs. Target inside the root, absolute.
 	Source, Target string
 	// Type is "bind" or "tmpfs".

@@ -16,6 +16,8 @@ import (
 	"syscall"
 	"time"
 
+	"dolium/internal/guest"
+
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
 )
@@ -206,6 +208,15 @@ func (c *Client) call(ctx context.Context, r *Request) (*Response, error) {
 // Create has the keeper hold a workload; its streams can be attached from then on.
 func (c *Client) Create(ctx context.Context, id string, create *Create) error {
 	return c.createOnce(ctx, &Request{Op: OpCreate, Key: Key{ID: id}, Create: create})
+}
+
+// Guest asks the guest of a machine. Requests may reach it twice.
+func (c *Client) Guest(ctx context.Context, id string, r *guest.RequestBody) (*guest.ResponseBody, error) {
+	res, err := c.call(ctx, &Request{Op: OpGuest, Key: Key{ID: id}, Guest: r})
+	if err != nil {
+		return nil, err
+	}
+	return res.Guest, nil
 }
 
 // Exec has the keeper hold a further process of a workload.

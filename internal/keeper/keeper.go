@@ -18,6 +18,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"dolium/internal/guest"
 	"dolium/internal/logs"
 
 	"github.com/containerd/errdefs"
@@ -25,7 +26,7 @@ import (
 )
 
 // ProtocolVersion grows when an older peer would misunderstand.
-const ProtocolVersion = 2
+const ProtocolVersion = 3
 
 // SocketPath is the keeper's socket below an exec-root.
 func SocketPath(execRoot string) string { return filepath.Join(execRoot, "keeper.sock") }
@@ -54,6 +55,7 @@ const (
 	OpEvents  = "events"
 	OpUpgrade = "upgrade"
 	OpStop    = "stop"
+	OpGuest   = "guest"
 )
 
 // Key names a process: a workload by its ID, or one of its execs.
@@ -82,6 +84,7 @@ type Request struct {
 	Cols    uint32                `json:"cols,omitempty"`
 	Limits  *specs.LinuxResources `json:"limits,omitempty"`
 	Binary  string                `json:"binary,omitempty"`
+	Guest   *guest.RequestBody    `json:"guest,omitempty"`
 }
 
 // Create describes a workload to hold.
@@ -98,11 +101,33 @@ type Create struct {
 	RuntimeArgs []string `json:"runtimeArgs,omitempty"`
 	// SystemdCgroup makes cgroups through systemd; the spec's CgroupsPath is then "slice:prefix:name".
 	SystemdCgroup bool `json:"systemdCgroup,omitempty"`
+	// Owner is who the workload is held for, for List to tell by.
+	Owner string `json:"owner,omitempty"`
+	// Machine says that Spec is of a machine's QEMU, in which the workload runs.
+	Machine *Machine `json:"machine,omitempty"`
+}
+
+// Machine is a virtual machine with dolium-guest in it. The process that is held is QEMU's, the streams and the exit are
+// those of the workload's first process in the guest.
+type Machine struct {
+	// Channel is the path of the Unix socket on which QEMU has the guest's channel, and Stderr the file that QEMU's own
+	// output goes to.
+	Channel string `json:"channel"`
+	Stderr  string `json:"stderr"`
+	// NetNS is where names are resolved for the guest, at 127.0.0.11; empty without.
+	NetNS string `json:"netns,omitempty"`
+	// SetUp and Process are what the guest is told when it is there.
+	SetUp   *guest.Machine `json:"setUp"`
+	Process *guest.Process `json:"process,omitempty"`
+	// Patience is how long the guest may take to boot, in nanoseconds.
+	Patience time.Duration `json:"patience"`
 }
 
 // Process describes a further process in a workload.
 type Process struct {
-	Spec *specs.Process `json:"spec"`
+	Spec *specs.Process `json:"spec,omitempty"`
+	// Guest is the process when the workload is a machine.
+	Guest *guest.Process `json:"guest,omitempty"`
 	IO
 }
 
@@ -143,6 +168,8 @@ type Response struct {
 	States []State         `json:"states,omitempty"`
 	PIDs   []int           `json:"pids,omitempty"`
 	Stats  json.RawMessage `json:"stats,omitempty"`
+	// Guest is what the guest answered.
+	Guest *guest.ResponseBody `json:"guest,omitempty"`
 	// Offsets in stdout and stderr where an attach begins, and whether it is a terminal.
 	Offsets  [2]int64 `json:"offsets,omitzero"`
 	Terminal bool     `json:"terminal,omitempty"`
@@ -180,6 +207,7 @@ const (
 // State is a held process. It is also the event that announces a process's end.
 type State struct {
 	Key
+	Owner    string `json:"owner,omitempty"`
 	Status   Status `json:"status"`
 	PID      int    `json:"pid,omitempty"`
 	Terminal bool   `json:"terminal,omitempty"`

@@ -36,8 +36,10 @@ var floors = map[string]int{
 // beside are the imports between rooms of one floor that are drawn in docs/architecture.md.
 var beside = map[string][]string{
 	"dolium/internal/isolation/process": {"dolium/internal/isolation"},
-	"dolium/internal/keeper/server":     {"dolium/internal/keeper", "dolium/internal/logs"},
-	"dolium/internal/keeper":            {"dolium/internal/fault", "dolium/internal/logs"},
+	"dolium/internal/isolation/vm":      {"dolium/internal/isolation", "dolium/internal/isolation/process"},
+	"dolium/internal/guest/agent":       {"dolium/internal/guest"},
+	"dolium/internal/keeper/server":     {"dolium/internal/guest", "dolium/internal/keeper", "dolium/internal/logs"},
+	"dolium/internal/keeper":            {"dolium/internal/fault", "dolium/internal/guest", "dolium/internal/logs"},
 	"dolium/internal/logs":              {"dolium/internal/fault"},
 	"dolium/internal/state":             {"dolium/internal/fault"},
 	"dolium/internal/filters":           {"dolium/internal/fault"},

@@ -58,7 +58,7 @@ func boundingSet() uint64 {
 }
 
 // capabilities applies --cap-add and --cap-drop as Docker does.
-func capabilities(add, drop []string, privileged bool) ([]string, error) {
+func Capabilities(add, drop []string, privileged bool) ([]string, error) {
 	if privileged {
 		return SupportedCapabilities(), nil
 	}

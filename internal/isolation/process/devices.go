@@ -2,6 +2,7 @@ package process
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -26,6 +27,15 @@ func device(onHost, inContainer string) (specs.LinuxDevice, error) {
 	return specs.LinuxDevice{
 		Path: inContainer, Type: string(d.Type), Major: d.Major, Minor: d.Minor, FileMode: &mode, UID: &uid, GID: &gid,
 	}, nil
+}
+
+// Device is a device node of the host's at the same path, with the rule that allows it.
+func Device(path string) (specs.LinuxDevice, specs.LinuxDeviceCgroup, error) {
+	d, err := device(path, path)
+	if err != nil {
+		return d, specs.LinuxDeviceCgroup{}, fmt.Errorf("device %s: %w", path, err)
+	}
+	return d, rule(&d, "rwm"), nil
 }
 
 func rule(d *specs.LinuxDevice, access string) specs.LinuxDeviceCgroup {

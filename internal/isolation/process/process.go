@@ -89,6 +89,9 @@ func (d *Driver) Close() {
 	d.keeper.Close()
 }
 
+// Keeper is the keeper, for other isolations whose processes it holds too.
+func (d *Driver) Keeper() *keeper.Client { return d.keeper }
+
 // KeeperPIDs are the processes of the keeper: worker and guard.
 func (d *Driver) KeeperPIDs(ctx context.Context) ([]int, error) {
 	h, err := d.keeper.Hello(ctx)
@@ -154,7 +157,7 @@ func (d *Driver) List(ctx context.Context) ([]string, error) {
 	}
 	var ids []string
 	for _, s := range states {
-		if s.Exec == "" {
+		if s.Exec == "" && s.Owner == "" {
 			ids = append(ids, s.ID)
 		}
 	}
@@ -270,7 +273,7 @@ func (i *instance) Delete(ctx context.Context) error {
 
 // Update implements isolation.Instance.
 func (i *instance) Update(ctx context.Context, r container.Resources) error {
-	limits, err := resources(&r)
+	limits, err := Limits(&r)
 	if err != nil {
 		return err
 	}

@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// resources translates limits; what isn't set stays nil, so that an update changes only what is asked.
-func resources(r *container.Resources) (*specs.LinuxResources, error) {
+// Limits translates limits; what isn't set stays nil, so that an update changes only what is asked.
+func Limits(r *container.Resources) (*specs.LinuxResources, error) {
 	out := &specs.LinuxResources{Memory: memory(r), CPU: cpu(r), Pids: pids(r)}
 	var err error
 	out.BlockIO, err = blockIO(r)

@@ -104,7 +104,7 @@ func privateCgroupNS(h *container.HostConfig) bool {
 func sysctls(s *isolation.Spec) map[string]string {
 	all := map[string]string{}
 	if s.NetNS != "" && s.Host.NetworkMode.IsPrivate() {
-		maps.Copy(all, defaultSysctls())
+		maps.Copy(all, DefaultSysctls())
 	}
 	maps.Copy(all, s.Host.Sysctls)
 	return all
@@ -125,7 +125,7 @@ func (d *Driver) addProcess(spec *specs.Spec, s *isolation.Spec, sec *security) 
 	if s.Process.Rows > 0 && s.Process.Cols > 0 {
 		spec.Process.ConsoleSize = &specs.Box{Height: uint(s.Process.Rows), Width: uint(s.Process.Cols)}
 	}
-	caps, err := capabilities(s.Host.CapAdd, s.Host.CapDrop, s.Host.Privileged)
+	caps, err := Capabilities(s.Host.CapAdd, s.Host.CapDrop, s.Host.Privileged)
 	if err != nil {
 		return err
 	}
@@ -164,7 +164,7 @@ func addResources(spec *specs.Spec, h *container.HostConfig) error {
 	if !hostHas().swapLimit {
 		r.MemorySwap = 0
 	}
-	limits, err := resources(&r)
+	limits, err := Limits(&r)
 	if err != nil {
 		return err
 	}

@@ -22,12 +22,17 @@ func (i *instance) Stats(ctx context.Context) (*container.StatsResponse, error) 
 	if err != nil {
 		return nil, err
 	}
+	return StatsOf(i.key.ID, raw)
+}
+
+// StatsOf makes Docker's figures of a control group's.
+func StatsOf(id string, raw json.RawMessage) (_ *container.StatsResponse, err error) {
 	var s cgroups.Stats
 	if err := json.Unmarshal(raw, &s); err != nil {
-		return nil, fmt.Errorf("stats of %s: %w", i.key.ID, err)
+		return nil, fmt.Errorf("stats of %s: %w", id, err)
 	}
 	out := &container.StatsResponse{
-		ID: i.key.ID, OSType: "linux", Read: time.Now(),
+		ID: id, OSType: "linux", Read: time.Now(),
 		CPUStats: container.CPUStats{
 			CPUUsage: container.CPUUsage{
 				TotalUsage: s.CpuStats.CpuUsage.TotalUsage, PercpuUsage: s.CpuStats.CpuUsage.PercpuUsage,

@@ -46,9 +46,9 @@ func checkSysctls(host *container.HostConfig) error {
 	return nil
 }
 
-// defaultSysctls let every user ping and listen on low ports in a network namespace of the container's own, as Docker
+// DefaultSysctls let every user ping and listen on low ports in a network namespace of the container's own, as Docker
 // does: there is nothing on such ports to protect there.
-var defaultSysctls = sync.OnceValue(func() map[string]string {
+var DefaultSysctls = sync.OnceValue(func() map[string]string {
 	all := map[string]string{}
 	for name, value := range map[string]string{
 		"net.ipv4.ping_group_range":           "0 2147483647",

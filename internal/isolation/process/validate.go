@@ -30,7 +30,7 @@ func Validate(cfg *container.Config, host *container.HostConfig) (warnings []str
 		return warnings, err
 	}
 	for _, check := range []func(*container.HostConfig) error{
-		checkModes, checkSecurity, checkSysctls, checkDevices, checkUlimits, checkPaths, checkUnsupported,
+		checkModes, checkSecurity, checkSysctls, checkDevices, CheckUlimits, checkPaths, checkUnsupported,
 	} {
 		if err := check(host); err != nil {
 			return warnings, err
@@ -78,7 +78,7 @@ func checkSecurity(h *container.HostConfig) error {
 	if h.Privileged {
 		return nil
 	}
-	_, err = capabilities(h.CapAdd, h.CapDrop, false)
+	_, err = Capabilities(h.CapAdd, h.CapDrop, false)
 	return err
 }
 
@@ -101,7 +101,8 @@ var ulimitNames = []string{
 	"sigpending", "stack", "as",
 }
 
-func checkUlimits(h *container.HostConfig) error {
+// CheckUlimits checks --ulimit.
+func CheckUlimits(h *container.HostConfig) error {
 	for _, u := range h.Ulimits {
 		switch {
 		case u == nil || !slices.Contains(ulimitNames, u.Name):

@@ -43,6 +43,9 @@ func (p *proc) processEnded() {
 	if !ok {
 		exit.Code, exit.Error = 255, "keeper was killed together with its guard, the exit status is lost"
 	}
+	if p.rec.Guest != 0 {
+		exit = p.w.machines.died(p, exit)
+	}
 	p.exited(exit)
 }
 

@@ -119,6 +119,16 @@ func (w *worker) do(r *keeper.Request) (*keeper.Response, error) {
 		return nil, fmt.Errorf("container %s is not running: %w", r.ID, errdefs.ErrFailedPrecondition)
 	}
 	switch r.Op {
+	case keeper.OpGuest:
+		if p.rec.Guest == 0 || r.Guest == nil {
+			return nil, fmt.Errorf("%s is not a machine: %w", r.Key, errdefs.ErrInvalidArgument)
+		}
+		x, err := w.machines.of(r.ID)
+		if err != nil {
+			return nil, err
+		}
+		res.Guest, err = x.ask(r.Guest, 30*time.Second)
+		return res, err
 	case keeper.OpUpdate:
 		if r.Limits == nil {
 			return nil, fmt.Errorf("nothing to update: %w", errdefs.ErrInvalidArgument)

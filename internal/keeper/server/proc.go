@@ -49,6 +49,7 @@ type proc struct {
 	rows, cols uint32
 
 	stdinKeep int // both ends of stdin, until the process has it
+	ttyFar    int // the guest's end of a terminal in a machine, -1 when there is none
 	log       *logs.Writer
 	pidfd     int
 	pidWatch  uint64
@@ -58,7 +59,7 @@ type proc struct {
 func (w *worker) newProc(rec record) *proc {
 	p := &proc{
 		w: w, dir: w.procDir(rec.Key), rec: rec, clients: map[*client]struct{}{},
-		stdin: -1, tty: -1, stdinKeep: -1, pidfd: -1, finished: make(chan struct{}),
+		stdin: -1, tty: -1, stdinKeep: -1, ttyFar: -1, pidfd: -1, finished: make(chan struct{}),
 	}
 	p.cond = sync.NewCond(&p.mu)
 	p.out[0] = &stream{p: p, name: "stdout", num: 1, src: -1}
@@ -93,7 +94,7 @@ func (p *proc) setStatus(s keeper.Status) error {
 func (p *proc) state() keeper.State {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	s := keeper.State{Key: p.rec.Key, Status: p.rec.Status, Terminal: p.rec.Terminal, Exit: p.rec.Exit}
+	s := keeper.State{Key: p.rec.Key, Owner: p.rec.Owner, Status: p.rec.Status, Terminal: p.rec.Terminal, Exit: p.rec.Exit}
 	if s.Status == running {
 		s.PID = p.rec.PID
 	}
@@ -163,7 +164,9 @@ func (p *proc) start() (err error) {
 		return err
 	}
 	if err := p.started(pid, master); err != nil {
-		_ = unix.Kill(pid, unix.SIGKILL)
+		if pid > 0 {
+			_ = unix.Kill(pid, unix.SIGKILL)
+		}
 		p.fail(err)
 		return err
 	}
@@ -193,6 +196,9 @@ func (p *proc) spawn() (pid, master int, err error) {
 }
 
 func (p *proc) started(pid, master int) error {
+	if p.inGuest() {
+		return p.startedInGuest(master)
+	}
 	start, pidfd, err := identify(pid)
 	if errors.Is(err, unix.ESRCH) {
 		// An external runtime's exec can be over before the runtime itself is; the guard has reaped it.
@@ -227,12 +233,44 @@ func (p *proc) started(pid, master int) error {
 	return p.watchAll()
 }
 
-// watchDead is watchAll for a process that has ended already.
-func (p *proc) watchDead() error {
+// inGuest says that this is a further process in a machine, which no process of the host's stands for.
+func (p *proc) inGuest() bool { return p.rec.Guest != 0 && p.parent != nil }
+
+func (p *proc) startedInGuest(master int) error {
+	if p.stdinKeep >= 0 {
+		unix.Close(p.stdinKeep)
+		p.stdinKeep = -1
+	}
+	p.mu.Lock()
+	if p.rec.Terminal {
+		if err := p.setTerminal(master); err != nil {
+			p.mu.Unlock()
+			return err
+		}
+	}
+	// A further process is known by its machine's QEMU, as those of containers by themselves.
+	p.rec.PID = p.parent.rec.PID
+	err := p.setStatus(running)
+	p.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	return p.watchOutput()
+}
+
+func (p *proc) watchOutput() error {
 	for _, s := range p.out {
 		if err := s.begin(); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// watchDead is watchAll for a process that has ended already.
+func (p *proc) watchDead() error {
+	if err := p.watchOutput(); err != nil {
+		return err
 	}
 	go p.endedUnseen()
 	return nil
@@ -240,10 +278,8 @@ func (p *proc) watchDead() error {
 
 // watchAll begins to move output and to wait for the end.
 func (p *proc) watchAll() error {
-	for _, s := range p.out {
-		if err := s.begin(); err != nil {
-			return err
-		}
+	if err := p.watchOutput(); err != nil {
+		return err
 	}
 	p.pidWatch = p.w.poller.register(p.processEnded)
 	return p.w.poller.watch(p.pidfd, p.pidWatch)
@@ -268,6 +304,12 @@ func (p *proc) fail(cause error) {
 
 // signal sends sig to the process itself.
 func (p *proc) signal(sig syscall.Signal) error {
+	if p.rec.Guest != 0 {
+		if p.status() != running {
+			return notFound(p.rec.Key)
+		}
+		return p.w.machines.signal(p, sig)
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.rec.Status != running || p.pidfd < 0 {
@@ -299,6 +341,11 @@ func (p *proc) resize(rows, cols uint32) error {
 	if p.tty < 0 {
 		return fmt.Errorf("%s has no terminal: %w", p.rec.Key, errdefs.ErrFailedPrecondition)
 	}
+	if p.rec.Guest != 0 {
+		p.mu.Unlock()
+		defer p.mu.Lock() // for the one above
+		return p.w.machines.resize(p, rows, cols)
+	}
 	return unix.IoctlSetWinsize(p.tty, unix.TIOCSWINSZ, &unix.Winsize{Row: uint16(rows), Col: uint16(cols)})
 }
 
@@ -325,6 +372,9 @@ func (p *proc) remove() error {
 	case running:
 		if p.parent == nil {
 			p.runtime.KillAll(p.rec.ID)
+		}
+		if p.rec.Guest != 0 && p.parent == nil {
+			break // QEMU is all there is
 		}
 		if err := p.signal(unix.SIGKILL); err != nil && !errdefs.IsNotFound(err) {
 			return err

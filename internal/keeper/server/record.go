@@ -14,6 +14,7 @@ import (
 // replaced in one step at every change of status, before the change is told to anyone.
 type record struct {
 	keeper.Key
+	Owner     string        `json:"owner,omitempty"`
 	Status    keeper.Status `json:"status"`
 	PID       int           `json:"pid,omitempty"`
 	StartTime uint64        `json:"startTime,omitempty"`
@@ -29,9 +30,11 @@ type record struct {
 	// Seccomp names the profile, see profiles.
 	Seccomp string `json:"seccomp,omitempty"`
 	// SharedPID says that the workload has no PID namespace of its own: its processes don't die with the first.
-	SharedPID bool         `json:"sharedPID,omitempty"`
-	Deleting  bool         `json:"deleting,omitempty"`
-	Exit      *keeper.Exit `json:"exit,omitempty"`
+	SharedPID bool `json:"sharedPID,omitempty"`
+	// Guest is the process's ID in the machine it runs in; 0 when the workload isn't a machine.
+	Guest    uint32       `json:"guest,omitempty"`
+	Deleting bool         `json:"deleting,omitempty"`
+	Exit     *keeper.Exit `json:"exit,omitempty"`
 }
 
 // Files of a process, in its directory.
@@ -39,6 +42,8 @@ const (
 	recordFile  = "record.json"
 	configFile  = "config.json"  // OCI runtime spec of a workload that wasn't started yet
 	processFile = "process.json" // the same of an exec
+	machineFile = "machine.json" // what is in a machine
+	endFile     = "end.json"     // how the first process in a machine ended
 	clientsFile = "clients"      // how many clients are attached
 )
 

@@ -64,6 +64,7 @@ func (p *proc) adoptFDs(fds map[string]int) {
 		p.stdin, p.out[0].src, p.out[1].src = get(fdStdin), get(fdStdout), get(fdStderr)
 		return
 	}
+	p.ttyFar = get(fdTTYFar)
 	if master, tr, tw := get(fdTTY), get(fdTransit), get(fdTransW); master >= 0 {
 		p.tty = master
 		if tr >= 0 && tw >= 0 {
@@ -140,7 +141,11 @@ func (p *proc) undoStart() error {
 		}
 		return p.setStatus(created)
 	}
-	p.killByPipes()
+	if p.inGuest() {
+		go p.w.machines.signal(p, unix.SIGKILL) // if it came to run
+	} else {
+		p.killByPipes()
+	}
 	p.rec.Exit = &keeper.Exit{Code: 128, At: time.Now(), Error: keeper.ErrInterrupted.Error()}
 	return p.setStatus(failed)
 }
@@ -167,6 +172,26 @@ func (p *proc) killByPipes() {
 }
 
 func (p *proc) readoptRunning() error {
+	if p.rec.Guest != 0 {
+		x, err := p.w.machines.of(p.rec.ID)
+		if err != nil {
+			return err
+		}
+		x.old = true
+		// Before anyone reads the streams.
+		if _, err := p.openEnd(x, p.rec.Guest); err != nil {
+			return err
+		}
+		if p.parent != nil {
+			if err := p.watchOutput(); err != nil {
+				return err
+			}
+			if !p.parent.alive() {
+				go p.exited(keeper.Exit{Code: 128 + int(unix.SIGKILL), At: time.Now()})
+			}
+			return nil
+		}
+	}
 	pidfd, err := openPID(p.rec.PID, p.rec.StartTime)
 	if errors.Is(err, unix.ESRCH) {
 		// It ended in between. Its exit is in the guard's file, if there was a guard.
@@ -204,6 +229,9 @@ func (p *proc) endedUnseen() {
 	exit := keeper.Exit{Code: exitCode(status), At: at}
 	if !ok {
 		exit.Code, exit.Error = 255, "keeper and guard were both killed, the exit status is lost"
+	}
+	if p.rec.Guest != 0 {
+		exit = p.w.machines.died(p, exit)
 	}
 	p.exited(exit)
 }

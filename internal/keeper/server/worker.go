@@ -16,6 +16,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"dolium/internal/guest"
 	"dolium/internal/keeper"
 
 	"github.com/containerd/errdefs"
@@ -25,13 +26,14 @@ import (
 
 // worker is the keeper's working process.
 type worker struct {
-	args    identity
-	log     *slog.Logger
-	guard   int // PID
-	store   store
-	poller  *poller
-	builtin *builtin
-	lock    int // descriptor of the lock, which is held as long as it is open anywhere
+	args     identity
+	log      *slog.Logger
+	guard    int // PID
+	store    store
+	poller   *poller
+	builtin  *builtin
+	machines *machines
+	lock     int // descriptor of the lock, which is held as long as it is open anywhere
 
 	// gate is held for reading by all that changes something, and taken when this process is about to be replaced by
 	// execve(2). closing tells long work to make room. Taking it only ever tries: a reader may come to need it twice.
@@ -75,6 +77,7 @@ func runWorker(args identity, log *slog.Logger) error {
 		procs:    map[keeper.Key]*proc{}, listeners: map[chan keeper.State]struct{}{}, lastUse: time.Now(),
 	}
 	w.builtin = newBuiltin(w)
+	w.machines = newMachines(w, w.builtin)
 	for key := range fds {
 		w.store.held[key] = true
 	}
@@ -170,6 +173,7 @@ func (p *proc) heldFDs() map[string]int {
 	add(fdStdin, p.stdin)
 	add(fdTTY, p.tty)
 	if p.rec.Terminal {
+		add(fdTTYFar, p.ttyFar)
 		if p.out[0].src >= 0 {
 			add(fdTransit, p.out[0].transit)
 			add(fdTransW, p.out[0].transitW)
@@ -276,7 +280,7 @@ func (w *worker) create(k keeper.Key, c *keeper.Create) error {
 	}
 	log := c.Log // not a pointer into the request, which is large
 	rec := record{
-		Key: k, Status: created, Terminal: c.Spec.Process.Terminal, IO: c.IO, Log: &log,
+		Key: k, Owner: c.Owner, Status: created, Terminal: c.Spec.Process.Terminal, IO: c.IO, Log: &log,
 		Runtime: c.Runtime, RuntimeArgs: c.RuntimeArgs, SystemdCgroup: c.SystemdCgroup,
 		Cgroup:    cgroup{Path: c.Spec.Linux.CgroupsPath, Systemd: c.SystemdCgroup},
 		SharedPID: sharesPID(c.Spec),
@@ -293,9 +297,15 @@ func (w *worker) create(k keeper.Key, c *keeper.Create) error {
 		}
 		rec.Seccomp = name
 	}
+	if c.Machine != nil {
+		rec.Guest, rec.Terminal = guest.MainProcess, c.Machine.Process != nil && c.Machine.Process.Terminal
+	}
 	p := w.newProc(rec)
 	p.runtime = w.runtimeOf(&rec)
-	return w.admit(p, configFile, c.Spec)
+	if c.Machine == nil {
+		return w.admit(p, configFile, c.Spec)
+	}
+	return w.admit(p, configFile, c.Spec, machineFile, c.Machine)
 }
 
 func sharesPID(s *specs.Spec) bool {
@@ -305,7 +315,7 @@ func sharesPID(s *specs.Spec) bool {
 }
 
 func (w *worker) exec(k keeper.Key, x *keeper.Process) error {
-	if !validID.MatchString(k.Exec) || x == nil || x.Spec == nil {
+	if !validID.MatchString(k.Exec) || x == nil || x.Spec == nil && x.Guest == nil {
 		return fmt.Errorf("malformed request to execute in %q: %w", k, errdefs.ErrInvalidArgument)
 	}
 	parent, err := w.proc(keyOf(k.ID))
@@ -315,13 +325,25 @@ func (w *worker) exec(k keeper.Key, x *keeper.Process) error {
 	if s := parent.status(); s != running {
 		return fmt.Errorf("container %s is not running: %w", k.ID, errdefs.ErrFailedPrecondition)
 	}
-	p := w.newProc(record{Key: k, Status: created, Terminal: x.Spec.Terminal, IO: x.IO})
+	rec := record{Key: k, Status: created, IO: x.IO}
+	if parent.rec.Guest == 0 && x.Spec != nil {
+		rec.Terminal = x.Spec.Terminal
+		p := w.newProc(rec)
+		p.parent, p.runtime = parent, parent.runtime
+		return w.admit(p, processFile, x.Spec)
+	}
+	if parent.rec.Guest == 0 || x.Guest == nil {
+		return fmt.Errorf("a process of another kind than the workload %s: %w", k.ID, errdefs.ErrInvalidArgument)
+	}
+	rec.Terminal, rec.Guest = x.Guest.Terminal, w.machines.newID(k.ID)
+	x.Guest.ID = rec.Guest
+	p := w.newProc(rec)
 	p.parent, p.runtime = parent, parent.runtime
-	return w.admit(p, processFile, x.Spec)
+	return w.admit(p, processFile, x.Guest)
 }
 
-// admit makes a process's directory and files; its record comes last.
-func (w *worker) admit(p *proc, name string, spec any) (err error) {
+// admit makes a process's directory and files, given as names and what is in them; its record comes last.
+func (w *worker) admit(p *proc, files ...any) (err error) {
 	if err := w.add(p); err != nil {
 		return err
 	}
@@ -336,12 +358,14 @@ func (w *worker) admit(p *proc, name string, spec any) (err error) {
 	if err := os.MkdirAll(p.dir, 0o700); err != nil {
 		return err
 	}
-	b, err := json.Marshal(spec)
-	if err != nil {
-		return err
-	}
-	if err := os.WriteFile(filepath.Join(p.dir, name), b, 0o600); err != nil {
-		return err
+	for i := 0; i+1 < len(files); i += 2 {
+		b, err := json.Marshal(files[i+1])
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(filepath.Join(p.dir, files[i].(string)), b, 0o600); err != nil {
+			return err
+		}
 	}
 	if err := p.prepare(); err != nil {
 		return err
@@ -350,6 +374,9 @@ func (w *worker) admit(p *proc, name string, spec any) (err error) {
 }
 
 func (w *worker) runtimeOf(r *record) runtime {
+	if r.Guest != 0 {
+		return w.machines
+	}
 	if r.Runtime == "" {
 		return w.builtin
 	}

@@ -1,0 +1,188 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"dolium/internal/guest"
+)
+
+// setNetwork makes the machine's interfaces what the host says; it can be called again with others.
+func (a *agent) setNetwork(n *guest.Network) error {
+	if n == nil {
+		return nil
+	}
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	if err := netlink.LinkSetUp(lo); err != nil {
+		return fmt.Errorf("loopback: %w", err)
+	}
+	if n.DNS {
+		if err := a.dns.listen(); err != nil {
+			return fmt.Errorf("DNS: %w", err)
+		}
+	}
+	for _, i := range n.Interfaces {
+		if err := setInterface(&i, n); err != nil {
+			return fmt.Errorf("interface %s: %w", i.Name, err)
+		}
+	}
+	return setRoutes(n)
+}
+
+// device finds the device of an interface: by its MAC, or the first one that is nobody's, which a template made.
+func device(i *guest.Interface, n *guest.Network) (netlink.Link, error) {
+	for deadline := time.Now().Add(15 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		links, err := netlink.LinkList()
+		if err != nil {
+			return nil, err
+		}
+		var free netlink.Link
+		for _, l := range links {
+			at := l.Attrs()
+			if at.HardwareAddr.String() == i.MAC {
+				return l, nil
+			}
+			if _, err := os.Stat(filepath.Join("/sys/class/net", at.Name, "device")); err != nil {
+				continue
+			}
+			if free == nil && !slices.ContainsFunc(n.Interfaces, func(o guest.Interface) bool { return o.MAC == at.HardwareAddr.String() }) {
+				free = l
+			}
+		}
+		// A device that is being plugged in comes with its MAC; one of a template is there from the start.
+		if free != nil && (len(n.Interfaces) == 1 || time.Until(deadline) < 14*time.Second) {
+			return free, nil
+		}
+		if time.Now().After(deadline) {
+			return nil, errors.New("the device is missing")
+		}
+	}
+}
+
+func setInterface(i *guest.Interface, n *guest.Network) error {
+	l, err := device(i, n)
+	if err != nil {
+		return err
+	}
+	at := l.Attrs()
+	mac, err := net.ParseMAC(i.MAC)
+	if err != nil {
+		return err
+	}
+	if at.Name != i.Name || at.HardwareAddr.String() != i.MAC {
+		if err := netlink.LinkSetDown(l); err != nil {
+			return err
+		}
+		if at.HardwareAddr.String() != i.MAC {
+			if err := netlink.LinkSetHardwareAddr(l, mac); err != nil {
+				return fmt.Errorf("set MAC: %w", err)
+			}
+		}
+		if at.Name != i.Name {
+			if err := netlink.LinkSetName(l, i.Name); err != nil {
+				return fmt.Errorf("rename from %s: %w", at.Name, err)
+			}
+		}
+	}
+	if i.MTU > 0 && at.MTU != i.MTU {
+		if err := netlink.LinkSetMTU(l, i.MTU); err != nil {
+			return fmt.Errorf("set MTU: %w", err)
+		}
+	}
+	disable := "1"
+	if i.IPv6 {
+		disable = "0"
+	}
+	sysctl := filepath.Join("/proc/sys/net/ipv6/conf", i.Name)
+	if err := os.WriteFile(sysctl+"/disable_ipv6", []byte(disable), 0); err == nil && i.IPv6 {
+		// The host's network room has seen that nobody else has the address.
+		_ = os.WriteFile(sysctl+"/accept_dad", []byte("0"), 0)
+	}
+	have, err := netlink.AddrList(l, netlink.FAMILY_ALL)
+	if err != nil {
+		return err
+	}
+	for _, cidr := range i.Addresses {
+		addr, err := netlink.ParseAddr(cidr)
+		if err != nil {
+			return err
+		}
+		if addr.IP.To4() == nil {
+			addr.Flags = unix.IFA_F_NODAD
+		}
+		if err := netlink.AddrAdd(l, addr); err != nil && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("add %s: %w", cidr, err)
+		}
+	}
+	for _, old := range have {
+		if old.IP.IsLinkLocalUnicast() && old.IP.To4() == nil || slices.Contains(i.Addresses, old.IPNet.String()) {
+			continue
+		}
+		if err := netlink.AddrDel(l, &old); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			return fmt.Errorf("remove %s: %w", old.IPNet, err)
+		}
+	}
+	return netlink.LinkSetUp(l)
+}
+
+// setRoutes makes routes with a gateway, and the default ones, those of n.
+func setRoutes(n *guest.Network) error {
+	want := map[string]bool{}
+	for _, r := range n.Routes {
+		l, err := netlink.LinkByName(r.Interface)
+		if err != nil {
+			return fmt.Errorf("route by %s: %w", r.Interface, err)
+		}
+		route := netlink.Route{LinkIndex: l.Attrs().Index, Gw: net.ParseIP(r.Gateway)}
+		to := r.To
+		if to == "" {
+			to = "0.0.0.0/0"
+			if r.IPv6 {
+				to = "::/0"
+			}
+		}
+		if _, route.Dst, err = net.ParseCIDR(to); err != nil {
+			return err
+		}
+		if route.Gw == nil {
+			route.Scope = netlink.SCOPE_LINK
+		}
+		want[routeKey(&route)] = true
+		if err := netlink.RouteReplace(&route); err != nil {
+			return fmt.Errorf("route to %s: %w", to, err)
+		}
+	}
+	have, err := netlink.RouteList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return err
+	}
+	for _, r := range have {
+		isDefault := r.Dst == nil || r.Dst.IP.IsUnspecified()
+		if isDefault && !want[routeKey(&r)] && r.Protocol != unix.RTPROT_RA {
+			if err := netlink.RouteDel(&r); err != nil && !errors.Is(err, unix.ESRCH) {
+				return fmt.Errorf("remove route: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+func routeKey(r *netlink.Route) string {
+	dst := "default"
+	if r.Dst != nil && !r.Dst.IP.IsUnspecified() {
+		dst = r.Dst.String()
+	}
+	return fmt.Sprint(dst, r.Gw, r.LinkIndex, strings.Contains(fmt.Sprint(r.Gw), ":"))
+}

@@ -1,0 +1,144 @@
+package vm
+
+import (
+	"fmt"
+	"path/filepath"
+	"strconv"
+	"strings"
+)
+
+// Names of files in a machine's directory below the exec-root.
+const (
+	channelSocket = "channel.sock"
+	monitorSocket = "monitor.sock"
+	stderrFile    = "qemu.log"
+	shareSocket   = "share.sock"
+)
+
+// Serial numbers by which the guest finds its disks.
+const (
+	lowerSerial = "lower"
+	upperSerial = "upper"
+)
+
+// hotPorts is how many devices can be plugged into a running machine.
+const hotPorts = 8
+
+// shape is how large a machine is, and what it has.
+type shape struct {
+	cpus, maxCPUs     int
+	memory, maxMemory int64 // bytes
+	nics              []nic
+	share             bool // directories of the host's by virtiofs
+	lower, upper      string
+	volatile          bool
+}
+
+// machine is everything that QEMU's command line is made of.
+type machine struct {
+	shape
+	qemu *qemu
+	boot *booted
+	dir  string // sockets and logs
+	name string
+}
+
+// args is QEMU's command line: the machine from the board to its devices, in the order in which a person would build it.
+// Types are versioned and models named, so that a machine's state can be read by another QEMU.
+func (m *machine) args() []string {
+	var a []string
+	add := func(option, format string, args ...any) { a = append(a, option, fmt.Sprintf(format, args...)) }
+	a = append(a, m.qemu.path, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none")
+	add("-name", "%s", strings.ReplaceAll(m.name, ",", ",,"))
+	// No program of the guest's doing: QEMU may start none and gain nothing, whatever becomes of it.
+	add("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
+
+	// Board, CPUs, memory.
+	memory := "mem0"
+	add("-machine", "pc-q35-%d.%d,memory-backend=%s,vmport=off,smbus=off,usb=off,hpet=off,i8042=off", m.qemu.major, m.qemu.minor, memory)
+	if m.qemu.accel.Name == "kvm" {
+		a = append(a, "-accel", "kvm", "-cpu", "host")
+	} else {
+		a = append(a, "-accel", "tcg,thread=multi,tb-size=256", "-cpu", "Haswell-v4,-pcid,-x2apic,-tsc-deadline,-invpcid,-spec-ctrl")
+	}
+	add("-smp", "cpus=%d,maxcpus=%d,sockets=%d,cores=1,threads=1", m.cpus, m.maxCPUs, m.maxCPUs)
+	add("-m", "size=%dM,maxmem=%dM,slots=8", m.memory>>20, m.maxMemory>>20)
+	if m.share {
+		// What serves directories is a process of its own and sees the guest's memory.
+		add("-object", "memory-backend-memfd,id=%s,size=%dM,share=on,reserve=off", memory, m.memory>>20)
+	} else {
+		add("-object", "memory-backend-ram,id=%s,size=%dM,reserve=off", memory, m.memory>>20)
+	}
+
+	// Kernel.
+	add("-kernel", "%s", m.boot.kernel)
+	add("-initrd", "%s", m.boot.initrd)
+	add("-append", "%s", m.commandLine())
+
+	// The way to the guest's agent, the console's last words, the way to QEMU itself.
+	add("-chardev", "socket,id=channel,path=%s,server=on,wait=off", filepath.Join(m.dir, channelSocket))
+	add("-device", "virtio-serial-pci,id=serial,max_ports=2,addr=2")
+	add("-device", "virtserialport,bus=serial.0,chardev=channel,name=org.dolium.guest")
+	add("-chardev", "ringbuf,id=console,size=65536")
+	add("-serial", "chardev:console")
+	add("-qmp", "unix:%s,server=on,wait=off", filepath.Join(m.dir, monitorSocket))
+
+	// Disks: what the image brings and what is written over it.
+	add("-object", "iothread,id=io")
+	if m.lower != "" {
+		add("-blockdev", "driver=file,node-name=lower-file,filename=%s,read-only=on,auto-read-only=off,cache.direct=off", escape(m.lower))
+		add("-blockdev", "driver=raw,node-name=lower,file=lower-file,read-only=on")
+		add("-device", "virtio-blk-pci,id=disk-lower,drive=lower,serial=%s,iothread=io,addr=3", lowerSerial)
+	}
+	noFlush := "off"
+	if m.volatile {
+		noFlush = "on"
+	}
+	add("-blockdev", "driver=file,node-name=upper-file,filename=%s,discard=unmap,cache.no-flush=%s", escape(m.upper), noFlush)
+	add("-blockdev", "driver=qcow2,node-name=upper,file=upper-file,discard=unmap,detect-zeroes=unmap,cache.no-flush=%s", noFlush)
+	add("-device", "virtio-blk-pci,id=disk-upper,drive=upper,serial=%s,iothread=io,addr=4", upperSerial)
+
+	// Networks.
+	for i, n := range m.nics {
+		add("-netdev", "tap,id=net%d,ifname=%s,script=no,downscript=no", i, n.tap)
+		bus := ""
+		if i == 0 {
+			bus = ",addr=5"
+		}
+		add("-device", "virtio-net-pci,id=nic%d,netdev=net%d,mac=%s,romfile=%s", i, i, n.MAC, bus)
+	}
+
+	// Memory that the guest doesn't need goes back to the host; random numbers come from it.
+	add("-device", "virtio-balloon-pci,id=balloon,free-page-reporting=on,addr=6")
+	add("-object", "rng-random,id=rng,filename=/dev/urandom")
+	add("-device", "virtio-rng-pci,rng=rng,addr=7")
+	if m.share {
+		add("-chardev", "socket,id=share,path=%s", filepath.Join(m.dir, shareSocket))
+		add("-device", "vhost-user-fs-pci,chardev=share,tag=dolium,queue-size=1024,addr=8")
+	}
+	for i := range hotPorts {
+		add("-device", "pcie-root-port,id=port%d,chassis=%d,addr=%s,multifunction=on", i, i+1, portAddr(i))
+	}
+	return a
+}
+
+// portAddr puts eight ports into one slot, as functions of it.
+func portAddr(i int) string { return "10." + strconv.Itoa(i) }
+
+// commandLine is the kernel's.
+func (m *machine) commandLine() string {
+	words := []string{
+		"console=ttyS0", "quiet", "loglevel=4", "panic=-1", "reboot=t", "rdinit=/init", "random.trust_cpu=on",
+		"memhp_default_state=online", "8250.nr_uarts=1", "cryptomgr.notests", "audit=0", "selinux=0", "apparmor=0",
+		"systemd.unified_cgroup_hierarchy=1", "nomodule",
+	}
+	words = words[:len(words)-1]
+	if m.qemu.accel.Name == "tcg" {
+		// Nothing here is executed speculatively by the hardware, and the clock can't be calibrated.
+		words = append(words, "mitigations=off", "no_timer_check", "tsc=unstable", "nokaslr")
+	}
+	return strings.Join(words, " ")
+}
+
+// escape doubles the commas of a path in an option.
+func escape(path string) string { return strings.ReplaceAll(path, ",", ",,") }

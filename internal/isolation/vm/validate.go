@@ -1,0 +1,53 @@
+package vm
+
+import (
+	"dolium/internal/fault"
+	"dolium/internal/isolation/process"
+
+	"github.com/containerd/errdefs"
+	"github.com/moby/moby/api/types/container"
+)
+
+func invalid(format string, args ...any) error {
+	return fault.New(errdefs.ErrInvalidArgument, format, args...)
+}
+
+// Validate checks everything about a container that is this isolation's affair, before anything is touched. What a
+// machine can't have is refused with the reason.
+func Validate(cfg *container.Config, host *container.HostConfig) (warnings []string, err error) {
+	if host == nil {
+		return nil, nil
+	}
+	warnings, err = process.ValidateResources(&host.Resources, false)
+	if err != nil {
+		return warnings, err
+	}
+	if host.Memory > 0 && host.Memory < minMemory {
+		return warnings, invalid("a virtual machine needs at least %d MB of memory", minMemory>>20)
+	}
+	const own = "a virtual machine has a kernel of its own"
+	switch {
+	case host.Privileged:
+		return warnings, invalid("--privileged is not possible with isolation vm: %s, privileges over the host's would mean nothing in it (--cap-add ALL gives all over its own)", own)
+	case host.PidMode.IsHost(), host.PidMode.IsContainer():
+		return warnings, invalid("--pid %s is not possible with isolation vm: %s, with processes of its own", host.PidMode, own)
+	case host.IpcMode.IsHost(), host.IpcMode.IsContainer(), host.IpcMode.IsShareable():
+		return warnings, invalid("--ipc %s is not possible with isolation vm: %s, and its memory is shared with nobody", host.IpcMode, own)
+	case host.UTSMode.IsHost():
+		return warnings, invalid("--uts host is not possible with isolation vm: %s, with a host name of its own", own)
+	case host.NetworkMode.IsHost(), host.NetworkMode.IsContainer():
+		return warnings, invalid("--network %s is not possible with isolation vm: %s, with interfaces of its own", host.NetworkMode, own)
+	case host.UsernsMode != "" && !host.UsernsMode.IsHost():
+		return warnings, invalid("--userns %s is not possible with isolation vm", host.UsernsMode)
+	case host.Runtime != "" && host.Runtime != "runc" && host.Runtime != "dolium":
+		return warnings, invalid("--runtime %s is not possible with isolation vm: the workload runs under QEMU", host.Runtime)
+	case len(host.Devices) > 0:
+		return warnings, invalid("--device %s is not possible with isolation vm: %s, without the host's devices", host.Devices[0].PathOnHost, own)
+	case len(host.DeviceCgroupRules) > 0, len(host.DeviceRequests) > 0:
+		return warnings, invalid("devices of the host are not possible with isolation vm")
+	}
+	if _, err := process.Capabilities(host.CapAdd, host.CapDrop, false); err != nil {
+		return warnings, err
+	}
+	return warnings, process.CheckUlimits(host)
+}

@@ -1,0 +1,505 @@
+// Package vm runs workloads in virtual machines: each has a kernel of its own under QEMU, with the container's image as
+// its root and dolium-guest as its first process. QEMU is started and held by the keeper like any other process, in a
+// container of its own (package process made the rules for those); what happens in the guest goes through the keeper too,
+// so that a machine outlives the daemon as containers do. This package describes machines, and changes running ones by
+// QEMU's monitor.
+package vm
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"dolium/internal/fault"
+	"dolium/internal/guest"
+	"dolium/internal/isolation"
+	"dolium/internal/isolation/process"
+	"dolium/internal/keeper"
+	"dolium/internal/logs"
+
+	"github.com/containerd/errdefs"
+	"github.com/moby/moby/api/types/container"
+)
+
+// Config is what a driver needs to know of its daemon.
+type Config struct {
+	// ExecRoot has what lives with the boot, DataRoot kernels and empty disks.
+	ExecRoot, DataRoot string
+	// GuestPath is dolium-guest's binary; empty looks beside the daemon's own and then in PATH.
+	GuestPath string
+	// Kernel is the name of the guest kernel; empty is the newest.
+	Kernel string
+	// CPUs and Memory (bytes) are those of a machine that doesn't say; 0 is 1 and 1 GiB.
+	CPUs   int
+	Memory int64
+	// CgroupParent and SystemdCgroup are the daemon's, for machines that aren't containers'.
+	CgroupParent  string
+	SystemdCgroup bool
+	Log           *slog.Logger
+}
+
+const (
+	defaultCPUs   = 1
+	defaultMemory = 1 << 30
+	// minMemory is what a kernel and the agent need to start anything.
+	minMemory = 96 << 20
+)
+
+// Driver implements isolation.Driver and isolation.DiskRooter. Its instances implement isolation.Pauser.
+type Driver struct {
+	config Config
+	keeper *keeper.Client
+	finder finder
+	bootMu sync.Mutex
+}
+
+// New makes a driver that starts machines by the keeper. Nothing of what machines need has to be there yet.
+func New(c Config, k *keeper.Client) (*Driver, error) {
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.CPUs == 0 {
+		c.CPUs = defaultCPUs
+	}
+	if c.Memory == 0 {
+		c.Memory = defaultMemory
+	}
+	if c.GuestPath == "" {
+		c.GuestPath = beside("dolium-guest")
+	}
+	return &Driver{config: c, keeper: k}, nil
+}
+
+// beside is a program that is installed with the daemon.
+func beside(name string) string {
+	if self, err := os.Executable(); err == nil {
+		path := filepath.Join(filepath.Dir(self), name)
+		if _, err := os.Stat(path); err == nil {
+			return path
+		}
+	}
+	if path, err := exec.LookPath(name); err == nil {
+		return path
+	}
+	return name // its absence is the error of the first machine's start
+}
+
+// RootOnDisk implements isolation.DiskRooter.
+func (d *Driver) RootOnDisk() {}
+
+func (d *Driver) runDir(id string) string { return filepath.Join(d.config.ExecRoot, "vm", id) }
+
+// known is what is kept of a machine below the exec-root for a daemon that didn't start it.
+type known struct {
+	NetNS   string           `json:"netns,omitempty"`
+	User    int              `json:"user"`
+	CPUs    int              `json:"cpus"`
+	Max     int              `json:"maxCPUs"`
+	Memory  int64            `json:"memory"`
+	Process guest.Process    `json:"process"` // what execs take over
+	Managed []managed        `json:"managed,omitempty"`
+	Host    container.Config `json:"-"`
+}
+
+// managed is a file that the engine keeps for a workload.
+type managed struct {
+	Source, Target string
+	ReadOnly       bool
+}
+
+// Create implements isolation.Driver: everything that a machine needs is made, and QEMU is ready to be started.
+func (d *Driver) Create(ctx context.Context, s *isolation.Spec) (_ isolation.Instance, err error) {
+	if s.Config == nil || s.Host == nil || s.Disk == nil {
+		return nil, fault.New(errdefs.ErrInvalidArgument, "container %s: incomplete configuration", s.ID)
+	}
+	q, err := d.finder.find(ctx)
+	if err != nil {
+		return nil, err
+	}
+	k, err := d.kernel()
+	if err != nil {
+		return nil, err
+	}
+	boot, err := d.bootFiles(k)
+	if err != nil {
+		return nil, err
+	}
+	log, err := keeperLog(&s.Log)
+	if err != nil {
+		return nil, err
+	}
+	m := machine{qemu: q, boot: boot, dir: d.runDir(s.ID), name: s.Name}
+	if err := d.size(&m.shape, s.Host); err != nil {
+		return nil, err
+	}
+	if m.upper, err = d.upperDisk(ctx, s.Disk, diskSize(s.Host)); err != nil {
+		return nil, err
+	}
+	m.lower, m.volatile = s.Disk.Lower, s.Disk.Volatile
+	user := userOf(s.ID)
+	if err := d.makeRunDir(s.ID, user, m.upper); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.RemoveAll(d.runDir(s.ID)))
+		}
+	}()
+	nics, network, err := wire(s.NetNS, user)
+	if err != nil {
+		return nil, err
+	}
+	m.nics = nics
+	setUp, files, err := d.guestMachine(s, network)
+	if err != nil {
+		return nil, err
+	}
+	first, err := firstProcess(s)
+	if err != nil {
+		return nil, err
+	}
+	spec, err := d.confine(&m, s, user)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.remember(s.ID, &known{
+		NetNS: s.NetNS, User: user, CPUs: m.cpus, Max: m.maxCPUs, Memory: m.memory, Process: inherited(first), Managed: files,
+	}); err != nil {
+		return nil, err
+	}
+	err = d.keeper.Create(ctx, s.ID, &keeper.Create{
+		Spec: spec, IO: keeper.IO{OpenStdin: s.Process.OpenStdin, StdinOnce: s.Process.StdinOnce}, Log: log, Owner: owner,
+		SystemdCgroup: s.SystemdCgroup,
+		Machine: &keeper.Machine{
+			Channel: filepath.Join(m.dir, channelSocket), Stderr: filepath.Join(m.dir, stderrFile), NetNS: s.NetNS,
+			SetUp: setUp, Process: first,
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	return d.instance(s.ID), nil
+}
+
+// owner marks what the keeper holds for this driver.
+const owner = "vm"
+
+// size is how many CPUs and how much memory a machine gets: whole CPUs enough for the limit, and the limit's memory.
+func (d *Driver) size(m *shape, h *container.HostConfig) error {
+	m.cpus, m.memory = wantedCPUs(&h.Resources, d.config.CPUs), d.config.Memory
+	if h.Memory > 0 {
+		m.memory = h.Memory
+	}
+	m.memory = (m.memory + 1<<21 - 1) &^ (1<<21 - 1)
+	m.maxCPUs = max(m.cpus, hostCPUs())
+	m.maxMemory = max(m.memory, hostMemory()&^(1<<21-1))
+	if m.memory < minMemory {
+		return fault.New(errdefs.ErrInvalidArgument, "a virtual machine needs at least %d MB of memory", minMemory>>20)
+	}
+	return nil
+}
+
+// wantedCPUs is how many vCPUs limits ask for.
+func wantedCPUs(r *container.Resources, otherwise int) int {
+	switch {
+	case r.NanoCPUs > 0:
+		return int((r.NanoCPUs + 1e9 - 1) / 1e9)
+	case r.CPUQuota > 0:
+		period := r.CPUPeriod
+		if period == 0 {
+			period = 100_000
+		}
+		return int((r.CPUQuota + period - 1) / period)
+	}
+	return otherwise
+}
+
+// makeRunDir makes a machine's directory below the exec-root and gives its files to its user.
+func (d *Driver) makeRunDir(id string, user int, disk string) error {
+	dir := d.runDir(id)
+	if err := os.MkdirAll(filepath.Join(dir, "root"), 0o711); err != nil {
+		return err
+	}
+	return errors.Join(os.Chown(dir, user, user), os.Chown(disk, user, user), os.Chmod(disk, 0o600))
+}
+
+// confine is the spec of the machine's QEMU.
+func (d *Driver) confine(m *machine, s *isolation.Spec, user int) (*specsSpec, error) {
+	resources, err := limits(&s.Host.Resources, m.memory)
+	if err != nil {
+		return nil, err
+	}
+	c := confined{
+		args: m.args(), user: user, root: filepath.Join(m.dir, "root"), netns: s.NetNS,
+		cgroup: cgroupsPath(s, s.ID), resources: resources,
+		files: []hostFile{
+			{path: m.boot.kernel}, {path: m.boot.initrd}, {path: m.upper, writable: true}, {path: m.dir, writable: true},
+		},
+	}
+	if m.lower != "" {
+		c.files = append(c.files, hostFile{path: m.lower})
+	}
+	if len(m.nics) > 0 {
+		c.devices = append(c.devices, "/dev/net/tun")
+	}
+	if m.qemu.accel.Name == "kvm" {
+		c.devices = append(c.devices, "/dev/kvm")
+	}
+	return c.spec()
+}
+
+// guestMachine is what the guest is told about itself, and the files of it that the engine keeps.
+func (d *Driver) guestMachine(s *isolation.Spec, network *guest.Network) (*guest.Machine, []managed, error) {
+	seed := make([]byte, 64)
+	if _, err := rand.Read(seed); err != nil {
+		return nil, nil, err
+	}
+	m := &guest.Machine{
+		Hostname: s.Hostname, Domainname: s.Domainname, Upper: upperSerial, ReadOnly: s.Host.ReadonlyRootfs,
+		Network: *network, Sysctls: map[string]string{}, Time: time.Now().UnixNano(), Seed: seed,
+	}
+	if s.Disk.Lower != "" {
+		m.Lower = lowerSerial
+	}
+	for name, value := range process.DefaultSysctls() {
+		m.Sysctls[name] = value
+	}
+	for name, value := range s.Host.Sysctls {
+		m.Sysctls[name] = value
+	}
+	var files []managed
+	for _, x := range s.Mounts {
+		switch {
+		case x.Managed:
+			f := managed{Source: x.Source, Target: x.Target, ReadOnly: hasOption(x.Options, "ro")}
+			content, err := os.ReadFile(x.Source)
+			if err != nil {
+				return nil, nil, err
+			}
+			files = append(files, f)
+			m.Files = append(m.Files, guest.File{Path: f.Target, Content: content, Mode: 0o644, ReadOnly: f.ReadOnly})
+			if x.Target == "/etc/resolv.conf" && strings.Contains(string(content), "127.0.0.11") {
+				m.Network.DNS = true
+			}
+		case x.Type == "tmpfs":
+			m.Mounts = append(m.Mounts, guest.Mount{Type: "tmpfs", Target: x.Target, Options: x.Options})
+		default:
+			return nil, nil, fault.New(errdefs.ErrNotImplemented, "mount %s: directories of the host aren't possible with this isolation yet", x.Target)
+		}
+	}
+	return m, files, nil
+}
+
+func hasOption(options []string, name string) bool {
+	for _, o := range options {
+		if o == name {
+			return true
+		}
+	}
+	return false
+}
+
+// remember keeps what a later daemon must know.
+func (d *Driver) remember(id string, k *known) error {
+	b, err := json.Marshal(k)
+	if err != nil {
+		return err
+	}
+	path := filepath.Join(d.runDir(id), "machine.json")
+	if err := os.WriteFile(path+".new", b, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
+}
+
+func (d *Driver) recall(id string) (*known, error) {
+	b, err := os.ReadFile(filepath.Join(d.runDir(id), "machine.json"))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("machine %s: %w", id, errdefs.ErrNotFound)
+	}
+	if err != nil {
+		return nil, err
+	}
+	k := &known{}
+	return k, json.Unmarshal(b, k)
+}
+
+// Adopt implements isolation.Driver.
+func (d *Driver) Adopt(ctx context.Context, id string) (isolation.Instance, error) {
+	s, err := d.keeper.State(ctx, keeper.Key{ID: id})
+	if err != nil {
+		return nil, err
+	}
+	i := d.instance(id)
+	i.setPID(s.PID)
+	return i, nil
+}
+
+// List implements isolation.Driver.
+func (d *Driver) List(ctx context.Context) ([]string, error) {
+	states, err := d.keeper.List(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var ids []string
+	for _, s := range states {
+		if s.Exec == "" && s.Owner == owner {
+			ids = append(ids, s.ID)
+		}
+	}
+	return ids, nil
+}
+
+func keeperLog(l *isolation.LogSpec) (keeper.Log, error) {
+	if l.Driver == logs.None {
+		return keeper.Log{}, nil
+	}
+	o, err := logs.ParseOptions(l.Driver, l.Options)
+	return keeper.Log{Path: l.Path, Options: o, Attrs: l.Attrs}, err
+}
+
+// held is a process that the keeper holds: what an instance and an exec have in common.
+type held struct {
+	d          *Driver
+	key        keeper.Key
+	rows, cols uint32
+
+	mu  sync.Mutex
+	pid int
+}
+
+func (h *held) setPID(pid int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.pid = pid
+}
+
+// PID implements isolation.Instance: QEMU's.
+func (h *held) PID() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.pid
+}
+
+// Start implements isolation.Instance.
+func (h *held) Start(ctx context.Context) error {
+	pid, err := h.d.keeper.Start(ctx, h.key, h.rows, h.cols)
+	switch {
+	case errors.Is(err, keeper.ErrCommandNotFound):
+		return &commandError{err, isolation.ErrCommandNotFound}
+	case errors.Is(err, keeper.ErrCommandNotExecutable):
+		return &commandError{err, isolation.ErrCommandNotExecutable}
+	case err != nil:
+		return err
+	}
+	h.setPID(pid)
+	return nil
+}
+
+type commandError struct {
+	error
+	kind error
+}
+
+func (e *commandError) Unwrap() []error { return []error{e.error, e.kind} }
+
+// Attach implements isolation.Instance.
+func (h *held) Attach(ctx context.Context, o isolation.AttachOptions) (isolation.Stream, error) {
+	return h.d.keeper.Attach(ctx, h.key, keeper.Attach{Stdin: o.Stdin, Stdout: o.Stdout, Stderr: o.Stderr})
+}
+
+// Signal implements isolation.Instance.
+func (h *held) Signal(ctx context.Context, sig syscall.Signal) error {
+	return h.d.keeper.Signal(ctx, h.key, sig)
+}
+
+// Resize implements isolation.Instance.
+func (h *held) Resize(ctx context.Context, rows, cols uint32) error {
+	return h.d.keeper.Resize(ctx, h.key, rows, cols)
+}
+
+// Wait implements isolation.Instance.
+func (h *held) Wait(ctx context.Context) (isolation.Exit, error) {
+	e, err := h.d.keeper.Wait(ctx, h.key)
+	if err != nil {
+		return isolation.Exit{}, err
+	}
+	h.setPID(0)
+	return isolation.Exit{Code: e.Code, OOMKilled: e.OOMKilled, At: e.At, Error: e.Error}, nil
+}
+
+// Delete implements isolation.Process.
+func (h *held) Delete(ctx context.Context) error {
+	err := h.d.keeper.Delete(ctx, h.key)
+	if err == nil {
+		h.setPID(0)
+	}
+	return err
+}
+
+// instance is one machine.
+type instance struct{ held }
+
+var (
+	_ isolation.Driver     = (*Driver)(nil)
+	_ isolation.DiskRooter = (*Driver)(nil)
+	_ isolation.Instance   = (*instance)(nil)
+	_ isolation.Pauser     = (*instance)(nil)
+	_ isolation.Networker  = (*instance)(nil)
+	_ isolation.Process    = (*held)(nil)
+)
+
+func (d *Driver) instance(id string) *instance {
+	return &instance{held{d: d, key: keeper.Key{ID: id}}}
+}
+
+// Delete implements isolation.Instance.
+func (i *instance) Delete(ctx context.Context) error {
+	if err := i.held.Delete(ctx); err != nil {
+		return err
+	}
+	return os.RemoveAll(i.d.runDir(i.key.ID))
+}
+
+// Processes implements isolation.Instance: those of the host that make the machine.
+func (i *instance) Processes(ctx context.Context) ([]int, error) {
+	return i.d.keeper.PIDs(ctx, i.key.ID)
+}
+
+// Pause implements isolation.Pauser: the machine's CPUs stand still, and with them its clock.
+func (i *instance) Pause(ctx context.Context) error {
+	return i.d.monitored(ctx, i.key.ID, func(m *monitor) error { return m.run("stop", nil, nil) })
+}
+
+// Resume implements isolation.Pauser.
+func (i *instance) Resume(ctx context.Context) error {
+	return i.d.monitored(ctx, i.key.ID, func(m *monitor) error { return m.run("cont", nil, nil) })
+}
+
+// Exec implements isolation.Instance.
+func (i *instance) Exec(ctx context.Context, execID string, p isolation.ProcessSpec) (isolation.Process, error) {
+	k, err := i.d.recall(i.key.ID)
+	if err != nil {
+		return nil, err
+	}
+	io := keeper.IO{OpenStdin: p.OpenStdin, StdinOnce: p.StdinOnce}
+	if err := i.d.keeper.Exec(ctx, i.key.ID, execID, &keeper.Process{Guest: further(k, &p), IO: io}); err != nil {
+		return nil, err
+	}
+	return &held{d: i.d, key: keeper.Key{ID: i.key.ID, Exec: execID}, rows: p.Rows, cols: p.Cols}, nil
+}
+
+// NetworkChanged implements isolation.Networker.
+func (i *instance) NetworkChanged(ctx context.Context) error {
+	return fault.New(errdefs.ErrNotImplemented, "networks of a running machine can't be changed yet")
+}
