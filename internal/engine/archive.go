@@ -2,15 +2,10 @@ package engine
 
 import (
 	"archive/tar"
-	"cmp"
 	"context"
 	"errors"
 	"io"
 	"io/fs"
-	"os"
-	"path/filepath"
-	"slices"
-	"strings"
 	"sync"
 	"syscall"
 
@@ -19,9 +14,10 @@ import (
 	"github.com/moby/go-archive/compression"
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/events"
-	"github.com/moby/sys/symlink"
 
 	"dolium/internal/fault"
+	"dolium/internal/isolation"
+	"dolium/internal/rootfs"
 )
 
 // ExtractOptions: NoOverwriteDirNonDir refuses to replace a directory by something else and the reverse, CopyUIDGID
@@ -34,13 +30,20 @@ func (e *Engine) ContainerStatPath(ctx context.Context, ref, path string) (*cont
 	if err != nil {
 		return nil, err
 	}
+	if f, err := e.files(ctx, c); err != nil {
+		return nil, err
+	} else if f != nil {
+		defer e.closeFiles(c, f)
+		stat, err := f.Stat(ctx, path)
+		return stat, pathError(err, path, ref)
+	}
 	v, err := e.openRoot(ctx, c)
 	if err != nil {
 		return nil, err
 	}
 	defer v.close()
 	var stat *container.PathStat
-	v.do(func() { stat, err = statPath(path) })
+	v.do(func() { stat, err = rootfs.Stat(path) })
 	return stat, pathError(err, path, ref)
 }
 
@@ -51,25 +54,27 @@ func (e *Engine) ContainerArchivePath(ctx context.Context, ref, path string) (io
 	if err != nil {
 		return nil, nil, err
 	}
+	if f, err := e.files(ctx, c); err != nil {
+		return nil, nil, err
+	} else if f != nil {
+		r, stat, err := f.Read(ctx, path)
+		if err != nil {
+			e.closeFiles(c, f)
+			return nil, nil, pathError(err, path, ref)
+		}
+		e.containerEvent(c, events.ActionArchivePath, nil)
+		return &closingReader{ReadCloser: r, then: func() { e.closeFiles(c, f) }}, stat, nil
+	}
 	v, err := e.openRoot(ctx, c)
 	if err != nil {
 		return nil, nil, err
 	}
-	abs := archive.PreserveTrailingDotOrSeparator(filepath.Join("/", path), path)
 	var stat *container.PathStat
-	v.do(func() { stat, err = statPath(abs) })
+	var tarballer *archive.Tarballer
+	v.do(func() { tarballer, stat, err = rootfs.Pack(path) })
 	if err != nil {
 		v.close()
 		return nil, nil, pathError(err, path, ref)
-	}
-	dir, base := abs, "."
-	if !stat.Mode.IsDir() {
-		dir, base = filepath.Split(abs)
-	}
-	tarballer, err := archive.NewTarballer(dir, archive.TarResourceRebaseOpts(base, filepath.Base(abs)))
-	if err != nil {
-		v.close()
-		return nil, nil, err
 	}
 	v.begin(tarballer.Do)
 	e.containerEvent(c, events.ActionArchivePath, nil)
@@ -103,6 +108,21 @@ func (e *Engine) ContainerExtractPath(ctx context.Context, ref, path string, r i
 		return invalid("%w", err)
 	}
 	defer content.Close()
+	if f, err := e.files(ctx, c); err != nil {
+		return err
+	} else if f != nil {
+		defer e.closeFiles(c, f)
+		w := whereOf(&rec, o.CopyUIDGID)
+		how := isolation.WriteOptions{NoOverwriteDirNonDir: o.NoOverwriteDirNonDir, Owner: w.Owner, ReadOnlyRoot: w.ReadOnlyRoot}
+		for _, m := range w.Mounts {
+			how.Mounts = append(how.Mounts, isolation.WriteMount(m))
+		}
+		if err := f.Write(ctx, path, content, how); err != nil {
+			return pathError(err, path, ref)
+		}
+		e.containerEvent(c, events.ActionExtractToDir, nil)
+		return nil
+	}
 	opts := &archive.TarOptions{NoOverwriteDirNonDir: o.NoOverwriteDirNonDir}
 	// The root has no /proc to change modes by.
 	opts, done, err := archive.WithProcSelfFD(opts)
@@ -116,7 +136,7 @@ func (e *Engine) ContainerExtractPath(ctx context.Context, ref, path string, r i
 		return err
 	}
 	defer v.close()
-	v.do(func() { err = extract(&rec, path, content, opts, o.CopyUIDGID) })
+	v.do(func() { err = rootfs.Extract(whereOf(&rec, o.CopyUIDGID), path, content, opts) })
 	if err != nil {
 		return pathError(err, path, ref)
 	}
@@ -124,12 +144,25 @@ func (e *Engine) ContainerExtractPath(ctx context.Context, ref, path string, r i
 	return nil
 }
 
+// closingReader does something more when it is closed.
+type closingReader struct {
+	io.ReadCloser
+	then func()
+	once sync.Once
+}
+
+func (r *closingReader) Close() error {
+	err := r.ReadCloser.Close()
+	r.once.Do(r.then)
+	return err
+}
+
 // pathError gives errors about paths Docker's words and kinds.
 func pathError(err error, path, ref string) error {
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, fs.ErrNotExist), errdefs.IsNotFound(err):
 		return fault.New(errdefs.ErrNotFound, "Could not find the file %s in container %s", path, ref)
 	case errors.Is(err, tar.ErrHeader), errors.Is(err, io.ErrUnexpectedEOF):
 		return invalid("not a tar archive, or not a whole one: %w", err)
@@ -140,69 +173,14 @@ func pathError(err error, path, ref string) error {
 	}
 }
 
-// The functions below run inside a container's root: "/" is the container's.
-
-func statPath(path string) (*container.PathStat, error) {
-	info, err := os.Lstat(path)
-	if err != nil {
-		return nil, err
+// whereOf is what may be written to in a container's root. With own, what is written belongs to the container's user.
+func whereOf(rec *record, own bool) *rootfs.Where {
+	w := &rootfs.Where{ReadOnlyRoot: rec.HostConfig.ReadonlyRootfs}
+	for _, m := range rec.Mounts {
+		w.Mounts = append(w.Mounts, rootfs.Mount{Target: m.Target, RW: m.RW})
 	}
-	stat := &container.PathStat{Name: filepath.Base(path), Size: info.Size(), Mode: info.Mode(), Mtime: info.ModTime()}
-	if info.Mode()&fs.ModeSymlink != 0 {
-		abs := path
-		if !filepath.IsAbs(abs) {
-			abs = "/" + abs
-		}
-		// As far as it leads, also when it is broken.
-		if stat.LinkTarget, err = symlink.FollowSymlinkInScope(abs, "/"); err != nil {
-			return nil, err
-		}
+	if own {
+		w.Owner = rec.Config.User
 	}
-	return stat, nil
-}
-
-func extract(rec *record, path string, content io.Reader, opts *archive.TarOptions, chown bool) error {
-	// A link at the end is followed too, so that one to a directory can be extracted to.
-	dir, err := filepath.EvalSymlinks(filepath.Join("/", path))
-	if err != nil {
-		return err
-	}
-	info, err := os.Lstat(archive.PreserveTrailingDotOrSeparator(dir, path))
-	if err != nil {
-		return err
-	}
-	if !info.IsDir() {
-		return invalid("extraction point is not a directory")
-	}
-	if err := mayWrite(rec, dir); err != nil {
-		return err
-	}
-	if chown && rec.Config.User != "" {
-		uid, gid, err := ownerIDs(rec.Config.User)
-		if err != nil {
-			return invalid("%w", err)
-		}
-		opts.ChownOpts = &archive.ChownOpts{UID: uid, GID: gid}
-	}
-	return archive.UntarUncompressed(content, dir, opts)
-}
-
-// mayWrite refuses directories on read-only mounts or in a read-only root.
-func mayWrite(rec *record, dir string) error {
-	mounts := slices.Clone(rec.Mounts)
-	// The innermost mount is what counts.
-	slices.SortFunc(mounts, func(a, b mountPoint) int { return cmp.Compare(len(b.Target), len(a.Target)) })
-	for _, m := range mounts {
-		if dir != m.Target && !strings.HasPrefix(dir, m.Target+"/") {
-			continue
-		}
-		if !m.RW {
-			return invalid("mounted volume is marked read-only")
-		}
-		return nil
-	}
-	if rec.HostConfig.ReadonlyRootfs && dir != "/dev/shm" && !strings.HasPrefix(dir, "/dev/shm/") {
-		return invalid("container rootfs is marked read-only")
-	}
-	return nil
+	return w
 }

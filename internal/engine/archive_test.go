@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"dolium/internal/rootfs"
 	"errors"
 	"io"
 	"os"
@@ -89,7 +90,7 @@ func (v *rootView) extractTest(t *testing.T, rec *record, dir string, content io
 		t.Fatal(err)
 	}
 	defer done()
-	v.do(func() { err = extract(rec, dir, content, opts, chown) })
+	v.do(func() { err = rootfs.Extract(whereOf(rec, chown), dir, content, opts) })
 	return err
 }
 
@@ -179,12 +180,12 @@ func TestCopyInAndOut(t *testing.T) {
 
 	v.do(func() {
 		for path, want := range map[string]string{"/site": "/srv/www", "/broken": "/nowhere", "/srv/www/index": ""} {
-			stat, err := statPath(path)
+			stat, err := rootfs.Stat(path)
 			if err != nil || stat.LinkTarget != want || stat.Name != filepath.Base(path) {
 				t.Errorf("%s: %+v, %v", path, stat, err)
 			}
 		}
-		_, err := statPath("/none")
+		_, err := rootfs.Stat("/none")
 		if err = pathError(err, "/none", "web"); err.Error() != "Could not find the file /none in container web" || !errors.Is(err, errdefs.ErrNotFound) {
 			t.Error(err)
 		}
@@ -275,7 +276,7 @@ func TestReadOnlyTargetsAreRefused(t *testing.T) {
 		"/data": "mounted volume is marked read-only", "/data/sub": "mounted volume is marked read-only",
 		"/data/rw": "", "/data/rw/x": "", "/rw": "", "/dev/shm": "",
 	} {
-		err := mayWrite(rec, dir)
+		err := whereOf(rec, false).MayWrite(dir)
 		if got := errText(err); got != want {
 			t.Errorf("%s: %q, want %q", dir, got, want)
 		}

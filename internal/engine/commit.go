@@ -13,6 +13,7 @@ import (
 
 	"dolium/internal/fault"
 	"dolium/internal/image"
+	"dolium/internal/isolation"
 )
 
 // CommitOptions: Repo and Tag name the image (none leaves it without a name), Config replaces the container's where it
@@ -52,7 +53,7 @@ func (e *Engine) ContainerCommit(ctx context.Context, ref string, o CommitOption
 			return "", err
 		}
 	}
-	if o.Pause && r != nil && !r.Paused {
+	if _, inside := e.drivers[rec.HostConfig.Isolation].(isolation.Filer); o.Pause && r != nil && !r.Paused && !inside {
 		if err := e.ContainerPause(ctx, rec.ID); err != nil {
 			e.log.Warn("container committed without pausing it", "container", rec.ID, "error", err)
 		} else {
@@ -63,8 +64,17 @@ func (e *Engine) ContainerCommit(ctx context.Context, ref string, o CommitOption
 			}()
 		}
 	}
+	var diff func(io.Writer) (bool, error)
+	f, err := e.files(ctx, c)
+	if err != nil {
+		return "", err
+	}
+	if f != nil {
+		defer e.closeFiles(c, f)
+		diff = func(w io.Writer) (bool, error) { return f.Diff(ctx, w) }
+	}
 	img, err := e.images.Commit(ctx, image.CommitOptions{
-		LayerID: rec.ID, Parent: parent, Ref: name, Config: &cfg, Author: o.Author, Comment: o.Comment,
+		LayerID: rec.ID, Diff: diff, Parent: parent, Ref: name, Config: &cfg, Author: o.Author, Comment: o.Comment,
 	})
 	if err != nil {
 		return "", err
@@ -158,6 +168,15 @@ func (e *Engine) ContainerChanges(ctx context.Context, ref string) ([]container.
 	if err != nil {
 		return nil, err
 	}
+	f, err := e.files(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	if f != nil {
+		defer e.closeFiles(c, f)
+		changes, err := f.Changes(ctx)
+		return withoutMountPoints(changes), err
+	}
 	changes, err := e.images.LayerDiff(ctx, c.ID())
 	if err != nil {
 		return nil, err
@@ -189,7 +208,16 @@ func (e *Engine) ContainerExport(ctx context.Context, ref string, w io.Writer) e
 	if err != nil {
 		return err
 	}
-	if err := e.images.Export(ctx, c.ID(), w); err != nil {
+	f, err := e.files(ctx, c)
+	if err != nil {
+		return err
+	}
+	export := func() error { return e.images.Export(ctx, c.ID(), w) }
+	if f != nil {
+		defer e.closeFiles(c, f)
+		export = func() error { return f.Export(ctx, w) }
+	}
+	if err := export(); err != nil {
 		return fault.New(kindOf(err), "Error exporting container %s: %w", ref, err)
 	}
 	e.containerEvent(c, events.ActionExport, nil)

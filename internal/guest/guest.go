@@ -397,3 +397,27 @@ func (e *Error) Error() string { return e.Message }
 
 // Unwrap gives the kind, so that errors.Is works across the wire.
 func (e *Error) Unwrap() error { return kinds[e.Kind] }
+
+// Tools are functions of dolium-guest's own that work with the root's files, by the first of a process's arguments.
+const (
+	ToolStat    = "stat"    // PATH: JSON of container.PathStat
+	ToolGet     = "get"     // PATH: the same, a newline, and a tar archive
+	ToolPut     = "put"     // PATH, JSON of Put; stdin is a tar archive
+	ToolChanges = "changes" // JSON of {"Kind": container.ChangeType, "Path": string}, one a line
+	ToolDiff    = "diff"    // a layer's archive of what was changed
+	ToolExport  = "export"  // a tar archive of the root
+)
+
+// Put says how an archive is unpacked.
+type Put struct {
+	NoOverwriteDirNonDir bool       `json:"noOverwriteDirNonDir,omitempty"`
+	ReadOnlyRoot         bool       `json:"readOnlyRoot,omitempty"`
+	Owner                string     `json:"owner,omitempty"`
+	Mounts               []PutMount `json:"mounts,omitempty"`
+}
+
+// PutMount is a mount in the root, as far as writing goes.
+type PutMount struct {
+	Target string
+	RW     bool
+}

@@ -3,6 +3,7 @@ package image
 import (
 	"archive/tar"
 	"bytes"
+	"dolium/internal/overlay"
 	"fmt"
 	"io"
 	"os"
@@ -76,7 +77,7 @@ func tree(t testing.TB, root string) string {
 			to, _ := os.Readlink(p)
 			fmt.Fprintf(&b, " -> %s", to)
 		}
-		fmt.Fprintln(&b, " cap", []byte(capability(p)))
+		fmt.Fprintln(&b, " cap", []byte(overlay.Capability(p)))
 		return nil
 	})
 	must(t, err)

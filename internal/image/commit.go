@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/pkg/archive"
-	cfs "github.com/containerd/continuity/fs"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	dockerspec "github.com/moby/docker-image-spec/specs-go/v1"
@@ -20,12 +19,16 @@ import (
 	"golang.org/x/sys/unix"
 
 	"dolium/internal/fault"
+	"dolium/internal/overlay"
 )
 
 // CommitOptions say what to make an image of.
 type CommitOptions struct {
 	// LayerID is the container's writable layer.
 	LayerID string
+	// Diff writes what the container changed as a layer's archive, and says whether that is anything; nil looks into the
+	// layer itself.
+	Diff func(w io.Writer) (changed bool, err error)
 	// Parent is the container's image, nil when it has none.
 	Parent *Image
 	// Ref is the name of the new image, empty for none.
@@ -56,9 +59,19 @@ func (s *Store) Commit(ctx context.Context, opts CommitOptions) (*Image, error) 
 			return nil, err
 		}
 	}
+	diff := opts.Diff
+	if diff == nil {
+		diff = func(w io.Writer) (bool, error) {
+			lowers, _, err := s.lowers(ctx, opts.LayerID)
+			if err != nil {
+				return false, err
+			}
+			return overlay.WriteDiff(ctx, filepath.Join(s.layerDir(opts.LayerID), "fs"), lowers, w)
+		}
+	}
 	changed := false
 	layer, err := s.writeLayer(ctx, func(w io.Writer) error {
-		changed, err = s.writeDiff(ctx, opts.LayerID, w)
+		changed, err = diff(w)
 		return err
 	})
 	if err != nil {
@@ -99,35 +112,6 @@ func (s *Store) leaseLayers(ctx context.Context, parent *Image) error {
 		}
 	}
 	return nil
-}
-
-// writeDiff writes what a layer changed as a layer's archive. The order is fixed and times are whole seconds, so that the
-// same changes make the same layer.
-func (s *Store) writeDiff(ctx context.Context, id string, w io.Writer) (changed bool, _ error) {
-	kinds := map[container.ChangeType]cfs.ChangeKind{
-		container.ChangeAdd: cfs.ChangeKindAdd, container.ChangeModify: cfs.ChangeKindModify, container.ChangeDelete: cfs.ChangeKindDelete,
-	}
-	upper := filepath.Join(s.layerDir(id), "fs")
-	cw := archive.NewChangeWriter(w, upper)
-	err := s.changesOf(ctx, id, func(c layerChange) error {
-		var info fs.FileInfo
-		if c.kind != container.ChangeDelete {
-			var err error
-			info, err = os.Lstat(filepath.Join(upper, c.path))
-			if errors.Is(err, fs.ErrNotExist) {
-				return nil
-			}
-			if err != nil {
-				return err
-			}
-		}
-		changed = true
-		return cw.HandleChange(kinds[c.kind], c.path, info, nil)
-	})
-	if err != nil {
-		return changed, err
-	}
-	return changed, cw.Close()
 }
 
 // Export writes the merged root of a layer as an archive. A layer that isn't mounted is mounted for it, read-only and

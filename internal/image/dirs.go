@@ -12,6 +12,8 @@ import (
 
 	"github.com/containerd/continuity/sysx"
 	"golang.org/x/sys/unix"
+
+	"dolium/internal/overlay"
 )
 
 func randomID() string {
@@ -55,15 +57,9 @@ func lstatWithin(root, dir string) (_ *syscall.Stat_t, hidden bool, _ error) {
 		if st.Mode&syscall.S_IFMT != syscall.S_IFDIR {
 			return nil, true, nil
 		}
-		hidden = hidden || isOpaque(at)
+		hidden = hidden || overlay.IsOpaque(at)
 	}
 	return &st, false, nil
-}
-
-func isOpaque(dir string) bool {
-	var v [1]byte
-	n, err := unix.Lgetxattr(dir, "trusted.overlay.opaque", v[:])
-	return err == nil && n == 1 && v[0] == 'y'
 }
 
 func copyDirAttributes(target, from string, st *syscall.Stat_t) error {

@@ -19,7 +19,7 @@ import (
 
 // Disk is where the root of a virtual machine's container is.
 type Disk struct {
-	// Lower is a raw image of an ext4 file system with the image's files, read-only and shared by all containers of the
+	// Lower is a raw image of an ext4 file system with the image's files below the directory "root", read-only and shared by all containers of the
 	// image; empty for an image without layers. It is as long as every other one (LowerSize), mostly holes, so that one
 	// can stand in for another under a machine that hasn't read it yet.
 	Lower string
@@ -32,6 +32,8 @@ type Disk struct {
 // LowerSize is the length of lower disks in bytes.
 const LowerSize = 256 << 30
 
+const diskSuffix = ".ext4"
+
 // LayerDisk returns the disks of a container's writable layer, making the image's the first time. Error: ErrNotFound.
 func (s *Store) LayerDisk(ctx context.Context, id string) (*Disk, error) {
 	lowers, r, err := s.lowers(ctx, id)
@@ -42,7 +44,7 @@ func (s *Store) LayerDisk(ctx context.Context, id string) (*Disk, error) {
 	if r.chain == noChain {
 		return d, nil
 	}
-	d.Lower = filepath.Join(s.cfg.Root, "disks", strings.ReplaceAll(r.chain, ":", "-")+".ext4")
+	d.Lower = filepath.Join(s.cfg.Root, "disks", strings.ReplaceAll(r.chain, ":", "-")+diskSuffix)
 	unlock, err := s.disks.lock(ctx, r.chain)
 	if err != nil {
 		return nil, err
@@ -59,15 +61,19 @@ func (s *Store) LayerDisk(ctx context.Context, id string) (*Disk, error) {
 
 // makeDisk writes the merged view of layers into an ext4 image; a half-written one doesn't get the name.
 func (s *Store) makeDisk(ctx context.Context, id string, lowers []string, path string) (retErr error) {
-	at, err := os.MkdirTemp(s.layerDir(id), "view-")
+	parent, err := os.MkdirTemp(s.layerDir(id), "view-")
 	if err != nil {
 		return err
 	}
+	at := filepath.Join(parent, "root")
 	defer func() {
-		if err := errors.Join(unmountAll(at), os.Remove(at)); err != nil {
+		if err := errors.Join(unmountAll(at), os.RemoveAll(parent)); err != nil {
 			s.log.Warn("end a view of layers", "layer", id, "err", err)
 		}
 	}()
+	if err := os.Mkdir(at, 0o755); err != nil {
+		return err
+	}
 	empty := filepath.Join(s.cfg.Root, "empty") // an overlay of one directory needs a second
 	if err := (overlayMount{lower: append(lowers, empty), options: s.overlay}).mount(at); err != nil {
 		return err
@@ -89,7 +95,7 @@ func (s *Store) makeDisk(ctx context.Context, id string, lowers []string, path s
 	written := make(chan struct{})
 	go func() {
 		defer close(written)
-		w.CloseWithError(archive.WriteDiff(ctx, w, "", at))
+		w.CloseWithError(archive.WriteDiff(ctx, w, "", parent))
 	}()
 	err = tar2ext4.ConvertTarToExt4(r, f, tar2ext4.MaximumDiskSize(LowerSize))
 	r.CloseWithError(errors.Join(err, errors.New("the disk is finished")))
@@ -113,8 +119,8 @@ func (s *Store) dropDisks(ctx context.Context) error {
 		return err
 	}
 	for _, e := range entries {
-		name, whole := strings.CutSuffix(e.Name(), ".ext4")
-		chain := strings.Replace(strings.TrimSuffix(name, ".ext4.new"), "-", ":", 1)
+		name, whole := strings.CutSuffix(e.Name(), diskSuffix)
+		chain := strings.Replace(strings.TrimSuffix(name, diskSuffix+".new"), "-", ":", 1)
 		if unlock, err := s.disks.lock(ctx, chain); err != nil {
 			return err
 		} else {

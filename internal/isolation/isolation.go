@@ -106,6 +106,46 @@ type DiskRooter interface {
 	RootOnDisk()
 }
 
+// Filer is the role of drivers whose workloads' files can't be seen on the host. Files gives access to those of a
+// workload, which runs when spec is nil; of one that doesn't, spec is what it would be started with, and Close ends what was
+// started for it.
+type Filer interface {
+	Files(ctx context.Context, id string, spec *Spec) (Files, error)
+}
+
+// Files are a workload's files. Errors about paths are ErrNotFound and ErrInvalidArgument.
+type Files interface {
+	// Stat describes a file, not following a link at the end.
+	Stat(ctx context.Context, path string) (*container.PathStat, error)
+	// Read gives an archive of a file or directory.
+	Read(ctx context.Context, path string) (io.ReadCloser, *container.PathStat, error)
+	// Write unpacks an uncompressed archive into a directory.
+	Write(ctx context.Context, path string, content io.Reader, o WriteOptions) error
+	// Changes lists what differs from the image, Diff writes it as a layer's archive and says whether there is any.
+	Changes(ctx context.Context) ([]container.FilesystemChange, error)
+	Diff(ctx context.Context, w io.Writer) (changed bool, err error)
+	// Export writes the whole root, without mounts.
+	Export(ctx context.Context, w io.Writer) error
+	Close() error
+}
+
+// WriteOptions say how Files.Write writes.
+type WriteOptions struct {
+	// NoOverwriteDirNonDir refuses to replace a directory by something else and the reverse.
+	NoOverwriteDirNonDir bool
+	// Owner is "user[:group]" that owns what is written; empty leaves that to the archive.
+	Owner string
+	// ReadOnlyRoot and Mounts say what may not be written to.
+	ReadOnlyRoot bool
+	Mounts       []WriteMount
+}
+
+// WriteMount is a mount as far as writing goes.
+type WriteMount struct {
+	Target string
+	RW     bool
+}
+
 // Networker is the role of workloads that don't live in the network namespace that was made for them, and must be told
 // when interfaces, addresses or routes in it have changed.
 type Networker interface {

@@ -186,6 +186,7 @@ func mountRoot(m *guest.Machine) error {
 		if err := unix.Mount(dev, lowerDir, "ext4", unix.MS_RDONLY|unix.MS_NOATIME, "noload"); err != nil {
 			return fmt.Errorf("mount image's disk: %w", err)
 		}
+		lower = lowerDir + "/root" // the file system's own root has things of its own
 	}
 	options := "lowerdir=" + lower + ",upperdir=" + upperDir + "/fs,workdir=" + upperDir + "/work,index=off,redirect_dir=off,metacopy=off"
 	if err := unix.Mount("overlay", rootDir, "overlay", 0, options); err != nil {

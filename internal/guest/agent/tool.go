@@ -1,12 +1,149 @@
 package agent
 
 import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"os"
+
+	"github.com/containerd/containerd/v2/pkg/archive"
+	"github.com/containerd/errdefs"
+	goarchive "github.com/moby/go-archive"
+	"golang.org/x/sys/unix"
+
+	"dolium/internal/guest"
+	"dolium/internal/overlay"
+	"dolium/internal/rootfs"
 )
 
-// toolMain works with the root's files from outside of the workload's namespaces.
+// toolMain works with the root's files from outside of the workload's namespaces: it is run as a process of the host's
+// asking whose program is dolium-guest itself. What is asked are its arguments, what comes of it goes to stdout, an error
+// as JSON of guest.Error to stderr.
 func toolMain(args []string) {
-	fmt.Fprintln(os.Stderr, "not yet")
-	os.Exit(2)
+	err := tool(args)
+	if err == nil {
+		os.Exit(0)
+	}
+	b, merr := json.Marshal(guest.NewError(err))
+	if merr != nil {
+		b = []byte(merr.Error())
+	}
+	os.Stderr.Write(b)
+	os.Exit(1)
+}
+
+func tool(args []string) error {
+	if len(args) == 0 {
+		return fmt.Errorf("nothing asked: %w", errdefs.ErrInvalidArgument)
+	}
+	lowers := []string{lowerDir + "/root"}
+	if _, err := os.Stat(lowers[0]); err != nil {
+		lowers = []string{lowerDir} // an image without layers
+	}
+	out := bufio.NewWriterSize(os.Stdout, 256<<10)
+	var err error
+	switch args[0] {
+	case guest.ToolChanges:
+		err = overlay.Changes(context.Background(), upperDir+"/fs", lowers, func(c overlay.Change) error {
+			return json.NewEncoder(out).Encode(c)
+		})
+	case guest.ToolDiff:
+		_, err = overlay.WriteDiff(context.Background(), upperDir+"/fs", lowers, out)
+	case guest.ToolExport:
+		err = exportRoot(out)
+	case guest.ToolStat, guest.ToolGet, guest.ToolPut:
+		if len(args) < 2 {
+			return fmt.Errorf("no path: %w", errdefs.ErrInvalidArgument)
+		}
+		err = copyTool(args, out)
+	default:
+		return fmt.Errorf("the guest's program doesn't know %q: %w", args[0], errdefs.ErrInvalidArgument)
+	}
+	return errors.Join(err, out.Flush())
+}
+
+// exportRoot writes the merged root without what is mounted in it.
+func exportRoot(out io.Writer) error {
+	const at = "/run/export"
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return err
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(at, 0o755); err != nil {
+		return err
+	}
+	if err := unix.Mount(rootDir, at, "", unix.MS_BIND, ""); err != nil {
+		return err
+	}
+	return archive.WriteDiff(context.Background(), out, "", at)
+}
+
+// copyTool is `docker cp`, in the root.
+func copyTool(args []string, out io.Writer) error {
+	var content io.Reader
+	var opts *goarchive.TarOptions
+	var how guest.Put
+	if args[0] == guest.ToolPut {
+		if len(args) < 3 {
+			return fmt.Errorf("no options: %w", errdefs.ErrInvalidArgument)
+		}
+		if err := json.Unmarshal([]byte(args[2]), &how); err != nil {
+			return err
+		}
+		// The root has no /proc here to change modes by.
+		o, done, err := goarchive.WithProcSelfFD(&goarchive.TarOptions{NoOverwriteDirNonDir: how.NoOverwriteDirNonDir})
+		if err != nil {
+			return err
+		}
+		defer done()
+		opts = o
+		content = bufio.NewReaderSize(os.Stdin, 256<<10)
+	}
+	if err := unix.Chroot(rootDir); err != nil {
+		return err
+	}
+	if err := unix.Chdir("/"); err != nil {
+		return err
+	}
+	switch args[0] {
+	case guest.ToolStat:
+		stat, err := rootfs.Stat(args[1])
+		if err != nil {
+			return withKind(err)
+		}
+		return json.NewEncoder(out).Encode(stat)
+	case guest.ToolGet:
+		t, stat, err := rootfs.Pack(args[1])
+		if err != nil {
+			return withKind(err)
+		}
+		if err := json.NewEncoder(out).Encode(stat); err != nil {
+			return err
+		}
+		go t.Do()
+		_, err = io.Copy(out, t.Reader())
+		return err
+	}
+	w := &rootfs.Where{ReadOnlyRoot: how.ReadOnlyRoot, Owner: how.Owner}
+	for _, m := range how.Mounts {
+		w.Mounts = append(w.Mounts, rootfs.Mount{Target: m.Target, RW: m.RW})
+	}
+	if err := rootfs.Extract(w, args[1], content, opts); err != nil {
+		return withKind(err)
+	}
+	// What the archive has behind its end is read too, so that its writer isn't cut off.
+	_, err := io.Copy(io.Discard, content)
+	return err
+}
+
+func withKind(err error) error {
+	if k := rootfs.Kind(err); k != nil {
+		return fmt.Errorf("%w%w", err, kind{k})
+	}
+	return err
 }

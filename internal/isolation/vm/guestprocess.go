@@ -44,6 +44,9 @@ func guestProcess(p *isolation.ProcessSpec) *guest.Process {
 
 // inherited is what execs take over from the first process.
 func inherited(first *guest.Process) guest.Process {
+	if first == nil {
+		return guest.Process{}
+	}
 	return guest.Process{
 		Capabilities: first.Capabilities, Umask: first.Umask, OOMScoreAdj: first.OOMScoreAdj, Groups: first.Groups,
 		NoNewPrivs: first.NoNewPrivs, Rlimits: first.Rlimits,

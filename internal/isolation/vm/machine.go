@@ -129,13 +129,11 @@ func portAddr(i int) string { return "10." + strconv.Itoa(i) }
 func (m *machine) commandLine() string {
 	words := []string{
 		"console=ttyS0", "quiet", "loglevel=4", "panic=-1", "reboot=t", "rdinit=/init", "random.trust_cpu=on",
-		"memhp_default_state=online", "8250.nr_uarts=1", "cryptomgr.notests", "audit=0", "selinux=0", "apparmor=0",
-		"systemd.unified_cgroup_hierarchy=1", "nomodule",
+		"memhp_default_state=online", "8250.nr_uarts=1", "cryptomgr.notests", "audit=0", "rcupdate.rcu_expedited=1",
 	}
-	words = words[:len(words)-1]
 	if m.qemu.accel.Name == "tcg" {
 		// Nothing here is executed speculatively by the hardware, and the clock can't be calibrated.
-		words = append(words, "mitigations=off", "no_timer_check", "tsc=unstable", "nokaslr")
+		words = append(words, "mitigations=off", "no_timer_check", "tsc=unstable", "lpj=4000000", "nokaslr")
 	}
 	return strings.Join(words, " ")
 }

@@ -118,7 +118,16 @@ type managed struct {
 }
 
 // Create implements isolation.Driver: everything that a machine needs is made, and QEMU is ready to be started.
-func (d *Driver) Create(ctx context.Context, s *isolation.Spec) (_ isolation.Instance, err error) {
+func (d *Driver) Create(ctx context.Context, s *isolation.Spec) (isolation.Instance, error) {
+	i, err := d.create(ctx, s, false)
+	if err != nil {
+		return nil, err
+	}
+	return i, nil
+}
+
+// create is Create; a machine for maintenance runs nothing of the container's.
+func (d *Driver) create(ctx context.Context, s *isolation.Spec, maintenance bool) (_ *instance, err error) {
 	if s.Config == nil || s.Host == nil || s.Disk == nil {
 		return nil, fault.New(errdefs.ErrInvalidArgument, "container %s: incomplete configuration", s.ID)
 	}
@@ -164,9 +173,11 @@ func (d *Driver) Create(ctx context.Context, s *isolation.Spec) (_ isolation.Ins
 	if err != nil {
 		return nil, err
 	}
-	first, err := firstProcess(s)
-	if err != nil {
-		return nil, err
+	var first *guest.Process
+	if setUp.Maintenance = maintenance; !maintenance {
+		if first, err = firstProcess(s); err != nil {
+			return nil, err
+		}
 	}
 	spec, err := d.confine(&m, s, user)
 	if err != nil {

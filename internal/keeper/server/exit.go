@@ -90,10 +90,12 @@ func (p *proc) exited(exit keeper.Exit) {
 	if err != nil {
 		p.w.log.Error("record exit", "process", p.rec.Key, "error", err)
 	}
-	if _, _, err := peekExit(unix.P_PID, pid, unix.WNOHANG); err == nil {
-		reap(pid)
+	if !p.inGuest() { // those have QEMU's PID
+		if _, _, err := peekExit(unix.P_PID, pid, unix.WNOHANG); err == nil {
+			reap(pid)
+		}
+		_ = os.Remove(reapedPath(p.w.args.dir(), pid, start))
 	}
-	_ = os.Remove(reapedPath(p.w.args.dir(), pid, start))
 	p.drain()
 	p.conclude()
 }
