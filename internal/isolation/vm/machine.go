@@ -114,7 +114,7 @@ func (m *machine) args() []string {
 	add("-device", "virtio-rng-pci,rng=rng,addr=7")
 	if m.share {
 		add("-chardev", "socket,id=share,path=%s", filepath.Join(m.dir, shareSocket))
-		add("-device", "vhost-user-fs-pci,chardev=share,tag=dolium,queue-size=1024,addr=8")
+		add("-device", "vhost-user-fs-pci,chardev=share,tag=%s,queue-size=1024,addr=8", shareTag)
 	}
 	for i := range hotPorts {
 		add("-device", "pcie-root-port,id=port%d,chassis=%d,addr=%s,multifunction=on", i, i+1, portAddr(i))

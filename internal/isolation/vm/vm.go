@@ -169,9 +169,21 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, maintenance bool
 		return nil, err
 	}
 	m.nics = nics
-	setUp, files, err := d.guestMachine(s, network)
+	var sh shares
+	setUp, files, err := d.guestMachine(s, network, &sh)
 	if err != nil {
 		return nil, err
+	}
+	if m.share = len(sh.mounts) > 0; m.share {
+		setUp.Share = shareTag
+		if err := d.serveShares(ctx, s, &sh, user); err != nil {
+			return nil, err
+		}
+		defer func() {
+			if err != nil {
+				err = errors.Join(err, d.endShares(context.WithoutCancel(ctx), s.ID))
+			}
+		}()
 	}
 	var first *guest.Process
 	if setUp.Maintenance = maintenance; !maintenance {
@@ -204,6 +216,9 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, maintenance bool
 
 // owner marks what the keeper holds for this driver.
 const owner = "vm"
+
+// shareTag is how the guest finds the share.
+const shareTag = "dolium"
 
 // size is how many CPUs and how much memory a machine gets: whole CPUs enough for the limit, and the limit's memory.
 func (d *Driver) size(m *shape, h *container.HostConfig) error {
@@ -270,7 +285,7 @@ func (d *Driver) confine(m *machine, s *isolation.Spec, user int) (*specsSpec, e
 }
 
 // guestMachine is what the guest is told about itself, and the files of it that the engine keeps.
-func (d *Driver) guestMachine(s *isolation.Spec, network *guest.Network) (*guest.Machine, []managed, error) {
+func (d *Driver) guestMachine(s *isolation.Spec, network *guest.Network, sh *shares) (*guest.Machine, []managed, error) {
 	seed := make([]byte, 64)
 	if _, err := rand.Read(seed); err != nil {
 		return nil, nil, err
@@ -305,7 +320,11 @@ func (d *Driver) guestMachine(s *isolation.Spec, network *guest.Network) (*guest
 		case x.Type == "tmpfs":
 			m.Mounts = append(m.Mounts, guest.Mount{Type: "tmpfs", Target: x.Target, Options: x.Options})
 		default:
-			return nil, nil, fault.New(errdefs.ErrNotImplemented, "mount %s: directories of the host aren't possible with this isolation yet", x.Target)
+			g, err := sh.add(x)
+			if err != nil {
+				return nil, nil, err
+			}
+			m.Mounts = append(m.Mounts, g)
 		}
 	}
 	return m, files, nil
@@ -476,7 +495,7 @@ func (d *Driver) instance(id string) *instance {
 
 // Delete implements isolation.Instance.
 func (i *instance) Delete(ctx context.Context) error {
-	if err := i.held.Delete(ctx); err != nil {
+	if err := errors.Join(i.held.Delete(ctx), i.d.endShares(ctx, i.key.ID)); err != nil {
 		return err
 	}
 	return os.RemoveAll(i.d.runDir(i.key.ID))
