@@ -104,6 +104,7 @@ func serve(cfg *daemonconf.Config, args []string) error {
 	if err != nil {
 		return err
 	}
+	defer machines.Close()
 
 	// The engine on top, and what was running under an earlier daemon.
 	e, err := engine.New(engineConfig(cfg), engine.Deps{

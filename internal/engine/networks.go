@@ -11,6 +11,7 @@ import (
 	apinetwork "github.com/moby/moby/api/types/network"
 
 	"dolium/internal/filters"
+	"dolium/internal/isolation"
 	"dolium/internal/network"
 )
 
@@ -106,14 +107,24 @@ func (e *Engine) NetworkConnect(ctx context.Context, netRef, ref string, es *api
 	if err != nil {
 		return err
 	}
-	err = e.changeEndpoints(c, func(asked, now map[string]*apinetwork.EndpointSettings) {
-		asked[name] = es
-		if now != nil {
-			now[name] = actual
-		}
-	})
+	if err = networkChanged(ctx, r.inst); err == nil {
+		err = e.changeEndpoints(c, func(asked, now map[string]*apinetwork.EndpointSettings) {
+			asked[name] = es
+			if now != nil {
+				now[name] = actual
+			}
+		})
+	}
 	if err != nil {
 		return errors.Join(err, e.nets.Disconnect(context.WithoutCancel(ctx), rec.ID, netRef, true))
+	}
+	return nil
+}
+
+// networkChanged tells workloads that don't live in the network namespace.
+func networkChanged(ctx context.Context, inst isolation.Instance) error {
+	if n, ok := inst.(isolation.Networker); ok {
+		return n.NetworkChanged(ctx)
 	}
 	return nil
 }
@@ -191,6 +202,9 @@ func (e *Engine) NetworkDisconnect(ctx context.Context, netRef, ref string, forc
 		}
 		if err := e.nets.Disconnect(ctx, rec.ID, netRef, force); err != nil {
 			return err
+		}
+		if err := networkChanged(ctx, r.inst); err != nil {
+			e.log.Warn("workload keeps an interface of a network it is off", "container", rec.ID, "error", err)
 		}
 	} else if _, ok := rec.Endpoints[key]; !ok {
 		return fmt.Errorf("container %s is not connected to the network %s", rec.ID, name)

@@ -16,6 +16,7 @@ import (
 	"github.com/moby/moby/api/types/events"
 
 	"dolium/internal/fault"
+	"dolium/internal/isolation"
 )
 
 // renamedPID finds "-o x=PID" in arguments of ps: a column that looks like the one that tells whose line it is.
@@ -46,11 +47,7 @@ func (e *Engine) ContainerTop(ctx context.Context, ref, psArgs string) (*contain
 	if err != nil {
 		return nil, err
 	}
-	pids, err := inst.Processes(ctx)
-	if err != nil {
-		return nil, err
-	}
-	output, err := ps(ctx, strings.Split(psArgs, " "), pids)
+	output, pids, err := listProcesses(ctx, inst, strings.Split(psArgs, " "))
 	if err != nil {
 		return nil, err
 	}
@@ -60,6 +57,19 @@ func (e *Engine) ContainerTop(ctx context.Context, ref, psArgs string) (*contain
 	}
 	e.containerEvent(c, events.ActionTop, nil)
 	return top, nil
+}
+
+// listProcesses is what ps prints of a workload's processes, and which they are.
+func listProcesses(ctx context.Context, inst isolation.Instance, args []string) ([]byte, []int, error) {
+	if l, ok := inst.(isolation.Lister); ok {
+		return l.ListProcesses(ctx, args)
+	}
+	pids, err := inst.Processes(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	output, err := ps(ctx, args, pids)
+	return output, pids, err
 }
 
 // ps runs the host's ps for the processes alone, or for all when the arguments don't go with a list.

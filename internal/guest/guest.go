@@ -226,7 +226,6 @@ const (
 	OpPutFile = "putfile" // File: replace the content of a file that SetUp made
 	OpNetwork = "network" // Network: make interfaces as described
 	OpStats   = "stats"   // ResponseBody.Stats
-	OpPIDs    = "pids"    // ResponseBody.Files: what ps(1) reads of every process
 	OpSync    = "sync"    // write everything to the disks
 	OpCPUs    = "cpus"    // CPUs: bring so many online, as far as they are there
 	OpQuiet   = "quiet"   // forget what the page cache has of the disks: the machine becomes a template
@@ -406,6 +405,7 @@ const (
 	ToolChanges = "changes" // JSON of {"Kind": container.ChangeType, "Path": string}, one a line
 	ToolDiff    = "diff"    // a layer's archive of what was changed
 	ToolExport  = "export"  // a tar archive of the root
+	ToolProcs   = "procs"   // a tar archive of what ps(1) reads in /proc, and "pids": the workload's, one a line
 )
 
 // Put says how an archive is unpacked.

@@ -146,6 +146,12 @@ type WriteMount struct {
 	RW     bool
 }
 
+// Lister is the role of workloads whose processes aren't the host's: it runs the host's ps on them and returns what that
+// prints, and the process IDs in it that are the workload's.
+type Lister interface {
+	ListProcesses(ctx context.Context, psArgs []string) (output []byte, pids []int, err error)
+}
+
 // Networker is the role of workloads that don't live in the network namespace that was made for them, and must be told
 // when interfaces, addresses or routes in it have changed.
 type Networker interface {

@@ -41,10 +41,21 @@ func (a *agent) setNetwork(n *guest.Network) error {
 	return setRoutes(n)
 }
 
+// consistent lists something again while the kernel says that it changed meanwhile.
+func consistent[T any](list func() ([]T, error)) ([]T, error) {
+	for range 20 {
+		if all, err := list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return all, err
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	return list()
+}
+
 // device finds the device of an interface: by its MAC, or the first one that is nobody's, which a template made.
 func device(i *guest.Interface, n *guest.Network) (netlink.Link, error) {
 	for deadline := time.Now().Add(15 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		links, err := netlink.LinkList()
+		links, err := consistent(netlink.LinkList)
 		if err != nil {
 			return nil, err
 		}
@@ -110,7 +121,7 @@ func setInterface(i *guest.Interface, n *guest.Network) error {
 		// The host's network room has seen that nobody else has the address.
 		_ = os.WriteFile(sysctl+"/accept_dad", []byte("0"), 0)
 	}
-	have, err := netlink.AddrList(l, netlink.FAMILY_ALL)
+	have, err := consistent(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) })
 	if err != nil {
 		return err
 	}
@@ -164,7 +175,7 @@ func setRoutes(n *guest.Network) error {
 			return fmt.Errorf("route to %s: %w", to, err)
 		}
 	}
-	have, err := netlink.RouteList(nil, netlink.FAMILY_ALL)
+	have, err := consistent(func() ([]netlink.Route, error) { return netlink.RouteList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return err
 	}

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"archive/tar"
 	"bufio"
 	"context"
 	"encoding/json"
@@ -8,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 
 	"github.com/containerd/containerd/v2/pkg/archive"
 	"github.com/containerd/errdefs"
@@ -54,6 +56,8 @@ func tool(args []string) error {
 		_, err = overlay.WriteDiff(context.Background(), upperDir+"/fs", lowers, out)
 	case guest.ToolExport:
 		err = exportRoot(out)
+	case guest.ToolProcs:
+		err = packProcs(out)
 	case guest.ToolStat, guest.ToolGet, guest.ToolPut:
 		if len(args) < 2 {
 			return fmt.Errorf("no path: %w", errdefs.ErrInvalidArgument)
@@ -146,4 +150,55 @@ func withKind(err error) error {
 		return fmt.Errorf("%w%w", err, kind{k})
 	}
 	return err
+}
+
+// Files of /proc that ps(1) reads.
+var (
+	procFiles = []string{"stat", "uptime", "meminfo", "loadavg", "version", "sys/kernel/pid_max", "sys/kernel/osrelease"}
+	pidFiles  = []string{"stat", "status", "statm", "cmdline", "comm", "cgroup", "wchan", "loginuid", "oom_score", "oom_score_adj", "environ", "attr/current"}
+)
+
+// packProcs writes the workload's part of /proc.
+func packProcs(out io.Writer) error {
+	pids, err := os.ReadFile(workloadCgroup + "/cgroup.procs")
+	if err != nil {
+		return err
+	}
+	w := tar.NewWriter(out)
+	add := func(name string) error {
+		b, err := os.ReadFile("/proc/" + name)
+		if err != nil {
+			return nil // this kernel hasn't got it, or the process has ended
+		}
+		if err := w.WriteHeader(&tar.Header{Name: name, Mode: 0o444, Size: int64(len(b))}); err != nil {
+			return err
+		}
+		_, err = w.Write(b)
+		return err
+	}
+	for _, name := range procFiles {
+		if err := add(name); err != nil {
+			return err
+		}
+	}
+	// ps looks for itself first; any process will do.
+	for _, name := range pidFiles {
+		if err := add("self/" + name); err != nil {
+			return err
+		}
+	}
+	for pid := range strings.FieldsSeq(string(pids)) {
+		for _, name := range pidFiles {
+			if err := errors.Join(add(pid+"/"+name), add(pid+"/task/"+pid+"/"+name)); err != nil {
+				return err
+			}
+		}
+	}
+	if err := w.WriteHeader(&tar.Header{Name: "pids", Mode: 0o444, Size: int64(len(pids))}); err != nil {
+		return err
+	}
+	if _, err := w.Write(pids); err != nil {
+		return err
+	}
+	return w.Close()
 }

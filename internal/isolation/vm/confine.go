@@ -47,12 +47,9 @@ type confined struct {
 	resources *specs.LinuxResources
 	caps      []string
 	mounts    []specs.Mount
-	userns    bool
 }
 
 func (c *confined) spec() (*specs.Spec, error) {
-	yes := true
-	_ = yes
 	s := &specs.Spec{
 		Version: "1.0.2",
 		Root:    &specs.Root{Path: c.root, Readonly: true},

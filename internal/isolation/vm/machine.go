@@ -83,6 +83,11 @@ func (m *machine) args() []string {
 	add("-serial", "chardev:console")
 	add("-qmp", "unix:%s,server=on,wait=off", filepath.Join(m.dir, monitorSocket))
 
+	// Where devices can be plugged in and out while the machine runs.
+	for i := range hotPorts {
+		add("-device", "pcie-root-port,id=port%d,chassis=%d,addr=%s,multifunction=on", i, i+1, portAddr(i))
+	}
+
 	// Disks: what the image brings and what is written over it.
 	add("-object", "iothread,id=io")
 	if m.lower != "" {
@@ -100,12 +105,8 @@ func (m *machine) args() []string {
 
 	// Networks.
 	for i, n := range m.nics {
-		add("-netdev", "tap,id=net%d,ifname=%s,script=no,downscript=no", i, n.tap)
-		bus := ""
-		if i == 0 {
-			bus = ",addr=5"
-		}
-		add("-device", "virtio-net-pci,id=nic%d,netdev=net%d,mac=%s,romfile=%s", i, i, n.MAC, bus)
+		add("-netdev", "tap,id=net-%s,ifname=%s,script=no,downscript=no", n.tap, n.tap)
+		add("-device", "virtio-net-pci,id=nic-%s,netdev=net-%s,mac=%s,romfile=,bus=port%d", n.tap, n.tap, n.MAC, i)
 	}
 
 	// Memory that the guest doesn't need goes back to the host; random numbers come from it.
@@ -115,9 +116,6 @@ func (m *machine) args() []string {
 	if m.share {
 		add("-chardev", "socket,id=share,path=%s", filepath.Join(m.dir, shareSocket))
 		add("-device", "vhost-user-fs-pci,chardev=share,tag=%s,queue-size=1024,addr=8", shareTag)
-	}
-	for i := range hotPorts {
-		add("-device", "pcie-root-port,id=port%d,chassis=%d,addr=%s,multifunction=on", i, i+1, portAddr(i))
 	}
 	return a
 }

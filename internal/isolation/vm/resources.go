@@ -3,7 +3,9 @@ package vm
 import (
 	"context"
 	"runtime"
+	"time"
 
+	"dolium/internal/guest"
 	"dolium/internal/isolation/process"
 
 	"github.com/docker/go-units"
@@ -57,11 +59,32 @@ func (i *instance) Update(ctx context.Context, r container.Resources) error {
 	return i.d.keeper.Update(ctx, i.key.ID, l)
 }
 
-// Stats implements isolation.Instance: QEMU's.
+// statsPatience is how long a guest may take for its figures: one that stands still has none.
+const statsPatience = 2 * time.Second
+
+// Stats implements isolation.Instance. CPU time and I/O are what the machine costs the host; memory and processes are
+// what the guest has, with the host's view of the memory beside it.
 func (i *instance) Stats(ctx context.Context) (*container.StatsResponse, error) {
 	raw, err := i.d.keeper.Stats(ctx, i.key.ID)
 	if err != nil {
 		return nil, err
 	}
-	return process.StatsOf(i.key.ID, raw)
+	s, err := process.StatsOf(i.key.ID, raw)
+	if err != nil {
+		return nil, err
+	}
+	own := map[string]uint64{"qemu_usage": s.MemoryStats.Usage, "qemu_limit": s.MemoryStats.Limit}
+	patient, cancel := context.WithTimeout(ctx, statsPatience)
+	defer cancel()
+	res, err := i.d.keeper.Guest(patient, i.key.ID, &guest.RequestBody{Op: guest.OpStats})
+	if err != nil || res.Stats == nil {
+		s.MemoryStats.Stats = own
+		return s, ctx.Err()
+	}
+	g := res.Stats
+	own["guest_total"], own["guest_available"], own["guest_cache"] = g.MemoryTotal, g.MemoryAvailable, g.MemoryCache
+	own["guest_cpu_user"], own["guest_cpu_system"] = g.CPUUser, g.CPUSystem
+	s.MemoryStats = container.MemoryStats{Usage: g.MemoryTotal - g.MemoryAvailable, Limit: g.MemoryTotal, Stats: own}
+	s.PidsStats.Current = g.PIDs
+	return s, nil
 }

@@ -61,6 +61,7 @@ type Driver struct {
 	keeper *keeper.Client
 	finder finder
 	bootMu sync.Mutex
+	follower
 }
 
 // New makes a driver that starts machines by the keeper. Nothing of what machines need has to be there yet.
@@ -77,7 +78,8 @@ func New(c Config, k *keeper.Client) (*Driver, error) {
 	if c.GuestPath == "" {
 		c.GuestPath = beside("dolium-guest")
 	}
-	return &Driver{config: c, keeper: k}, nil
+	d := &Driver{config: c, keeper: k}
+	return d, d.startFollowing()
 }
 
 // beside is a program that is installed with the daemon.
@@ -101,14 +103,16 @@ func (d *Driver) runDir(id string) string { return filepath.Join(d.config.ExecRo
 
 // known is what is kept of a machine below the exec-root for a daemon that didn't start it.
 type known struct {
-	NetNS   string           `json:"netns,omitempty"`
-	User    int              `json:"user"`
-	CPUs    int              `json:"cpus"`
-	Max     int              `json:"maxCPUs"`
-	Memory  int64            `json:"memory"`
-	Process guest.Process    `json:"process"` // what execs take over
-	Managed []managed        `json:"managed,omitempty"`
-	Host    container.Config `json:"-"`
+	NetNS   string        `json:"netns,omitempty"`
+	User    int           `json:"user"`
+	CPUs    int           `json:"cpus"`
+	Max     int           `json:"maxCPUs"`
+	Memory  int64         `json:"memory"`
+	Process guest.Process `json:"process"` // what execs take over
+	Managed []managed     `json:"managed,omitempty"`
+	// NICs are the ports that taps are plugged into.
+	NICs map[string]int `json:"nics,omitempty"`
+	DNS  bool           `json:"dns,omitempty"`
 }
 
 // managed is a file that the engine keeps for a workload.
@@ -135,11 +139,11 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, maintenance bool
 	if err != nil {
 		return nil, err
 	}
-	k, err := d.kernel()
+	from, err := d.kernel()
 	if err != nil {
 		return nil, err
 	}
-	boot, err := d.bootFiles(k)
+	boot, err := d.bootFiles(from)
 	if err != nil {
 		return nil, err
 	}
@@ -195,9 +199,17 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, maintenance bool
 	if err != nil {
 		return nil, err
 	}
-	if err := d.remember(s.ID, &known{
+	k := &known{
 		NetNS: s.NetNS, User: user, CPUs: m.cpus, Max: m.maxCPUs, Memory: m.memory, Process: inherited(first), Managed: files,
-	}); err != nil {
+		NICs: map[string]int{}, DNS: setUp.Network.DNS,
+	}
+	for i, n := range m.nics {
+		k.NICs[n.tap] = i
+	}
+	if len(m.nics) > hotPorts {
+		return nil, fault.New(errdefs.ErrInvalidArgument, "a virtual machine can be on %d networks, not on %d", hotPorts, len(m.nics))
+	}
+	if err := d.remember(s.ID, k); err != nil {
 		return nil, err
 	}
 	err = d.keeper.Create(ctx, s.ID, &keeper.Create{
@@ -211,6 +223,7 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, maintenance bool
 	if err != nil {
 		return nil, err
 	}
+	d.follow(s.ID, files)
 	return d.instance(s.ID), nil
 }
 
@@ -275,7 +288,7 @@ func (d *Driver) confine(m *machine, s *isolation.Spec, user int) (*specsSpec, e
 	if m.lower != "" {
 		c.files = append(c.files, hostFile{path: m.lower})
 	}
-	if len(m.nics) > 0 {
+	if s.NetNS != "" {
 		c.devices = append(c.devices, "/dev/net/tun")
 	}
 	if m.qemu.accel.Name == "kvm" {
@@ -314,7 +327,7 @@ func (d *Driver) guestMachine(s *isolation.Spec, network *guest.Network, sh *sha
 			}
 			files = append(files, f)
 			m.Files = append(m.Files, guest.File{Path: f.Target, Content: content, Mode: 0o644, ReadOnly: f.ReadOnly})
-			if x.Target == "/etc/resolv.conf" && strings.Contains(string(content), "127.0.0.11") {
+			if x.Target == "/etc/resolv.conf" && usesResolver(content) {
 				m.Network.DNS = true
 			}
 		case x.Type == "tmpfs":
@@ -329,6 +342,9 @@ func (d *Driver) guestMachine(s *isolation.Spec, network *guest.Network, sh *sha
 	}
 	return m, files, nil
 }
+
+// usesResolver says whether a resolv.conf names the networks' own resolver.
+func usesResolver(resolvConf []byte) bool { return strings.Contains(string(resolvConf), "127.0.0.11") }
 
 func hasOption(options []string, name string) bool {
 	for _, o := range options {
@@ -372,6 +388,16 @@ func (d *Driver) Adopt(ctx context.Context, id string) (isolation.Instance, erro
 	}
 	i := d.instance(id)
 	i.setPID(s.PID)
+	if k, err := d.recall(id); err == nil {
+		d.follow(id, k.Managed)
+		if s.PID != 0 {
+			go func() { // what changed while no daemon was there
+				for _, f := range k.Managed {
+					d.push(followedFile{id, f})
+				}
+			}()
+		}
+	}
 	return i, nil
 }
 
@@ -498,6 +524,7 @@ func (i *instance) Delete(ctx context.Context) error {
 	if err := errors.Join(i.held.Delete(ctx), i.d.endShares(ctx, i.key.ID)); err != nil {
 		return err
 	}
+	i.d.unfollow(i.key.ID)
 	return os.RemoveAll(i.d.runDir(i.key.ID))
 }
 
@@ -527,9 +554,4 @@ func (i *instance) Exec(ctx context.Context, execID string, p isolation.ProcessS
 		return nil, err
 	}
 	return &held{d: i.d, key: keeper.Key{ID: i.key.ID, Exec: execID}, rows: p.Rows, cols: p.Cols}, nil
-}
-
-// NetworkChanged implements isolation.Networker.
-func (i *instance) NetworkChanged(ctx context.Context) error {
-	return fault.New(errdefs.ErrNotImplemented, "networks of a running machine can't be changed yet")
 }
