@@ -116,8 +116,10 @@ type Machine struct {
 	Stderr  string `json:"stderr"`
 	// NetNS is where names are resolved for the guest, at 127.0.0.11; empty without.
 	NetNS string `json:"netns,omitempty"`
-	// SetUp and Process are what the guest is told when it is there.
-	SetUp   *guest.Machine `json:"setUp"`
+	// Incoming is a file with a machine's state that QEMU is to read from its standard input.
+	Incoming string `json:"incoming,omitempty"`
+	// SetUp and Process are what the guest is told when it is there; without SetUp it is to become a template.
+	SetUp   *guest.Machine `json:"setUp,omitempty"`
 	Process *guest.Process `json:"process,omitempty"`
 	// Patience is how long the guest may take to boot, in nanoseconds.
 	Patience time.Duration `json:"patience"`

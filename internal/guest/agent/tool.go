@@ -154,7 +154,7 @@ func withKind(err error) error {
 
 // Files of /proc that ps(1) reads.
 var (
-	procFiles = []string{"stat", "uptime", "meminfo", "loadavg", "version", "sys/kernel/pid_max", "sys/kernel/osrelease"}
+	procFiles = []string{"stat", "uptime", "meminfo", "cpuinfo", "loadavg", "version", "sys/kernel/pid_max", "sys/kernel/osrelease"}
 	pidFiles  = []string{"stat", "status", "statm", "cmdline", "comm", "cgroup", "wchan", "loginuid", "oom_score", "oom_score_adj", "environ", "attr/current"}
 )
 

@@ -56,7 +56,7 @@ func (d *Driver) maintenance(ctx context.Context, s *isolation.Spec) (*instance,
 	host := *s.Host
 	host.Memory, host.NanoCPUs, host.CPUQuota, host.ReadonlyRootfs, host.Sysctls = 0, 0, 0, false, nil
 	own.Host = &host
-	inst, err := d.create(ctx, &own, true)
+	inst, err := d.create(ctx, &own, asMaintenance)
 	if err != nil {
 		return nil, err
 	}

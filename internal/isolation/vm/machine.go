@@ -32,6 +32,10 @@ type shape struct {
 	share             bool // directories of the host's by virtiofs
 	lower, upper      string
 	volatile          bool
+	// memoryFile is the file that is the machine's memory; empty for memory that is nothing else. With incoming it has
+	// what a template had, and QEMU is given the rest of its state.
+	memoryFile string
+	incoming   bool
 }
 
 // machine is everything that QEMU's command line is made of.
@@ -63,11 +67,17 @@ func (m *machine) args() []string {
 	}
 	add("-smp", "cpus=%d,maxcpus=%d,sockets=%d,cores=1,threads=1", m.cpus, m.maxCPUs, m.maxCPUs)
 	add("-m", "size=%dM,maxmem=%dM,slots=8", m.memory>>20, m.maxMemory>>20)
-	if m.share {
+	switch {
+	case m.memoryFile != "":
+		add("-object", "memory-backend-file,id=%s,size=%dM,mem-path=%s,share=on,reserve=off", memory, m.memory>>20, escape(m.memoryFile))
+	case m.share:
 		// What serves directories is a process of its own and sees the guest's memory.
 		add("-object", "memory-backend-memfd,id=%s,size=%dM,share=on,reserve=off", memory, m.memory>>20)
-	} else {
+	default:
 		add("-object", "memory-backend-ram,id=%s,size=%dM,reserve=off", memory, m.memory>>20)
+	}
+	if m.incoming {
+		a = append(a, "-incoming", "defer")
 	}
 
 	// Kernel.
@@ -105,6 +115,9 @@ func (m *machine) args() []string {
 
 	// Networks.
 	for i, n := range m.nics {
+		if m.incoming {
+			break // plugged in when the state was read
+		}
 		add("-netdev", "tap,id=net-%s,ifname=%s,script=no,downscript=no", n.tap, n.tap)
 		add("-device", "virtio-net-pci,id=nic-%s,netdev=net-%s,mac=%s,romfile=,bus=port%d", n.tap, n.tap, n.MAC, i)
 	}
@@ -113,9 +126,9 @@ func (m *machine) args() []string {
 	add("-device", "virtio-balloon-pci,id=balloon,free-page-reporting=on,addr=6")
 	add("-object", "rng-random,id=rng,filename=/dev/urandom")
 	add("-device", "virtio-rng-pci,rng=rng,addr=7")
-	if m.share {
+	if m.share && !m.incoming {
 		add("-chardev", "socket,id=share,path=%s", filepath.Join(m.dir, shareSocket))
-		add("-device", "vhost-user-fs-pci,chardev=share,tag=%s,queue-size=1024,addr=8", shareTag)
+		add("-device", "vhost-user-fs-pci,chardev=share,tag=%s,queue-size=1024,bus=port%d", shareTag, hotPorts-1)
 	}
 	return a
 }

@@ -158,7 +158,11 @@ func (d *Driver) startFollowing() error {
 }
 
 // Close ends what the driver does by itself; machines go on.
-func (d *Driver) Close() { d.watcher.Close() }
+func (d *Driver) Close() {
+	d.templates.cancel()
+	d.templates.wg.Wait()
+	d.watcher.Close()
+}
 
 // push copies a file into its machine.
 func (d *Driver) push(f followedFile) {

@@ -45,7 +45,9 @@ type Config struct {
 	// CgroupParent and SystemdCgroup are the daemon's, for machines that aren't containers'.
 	CgroupParent  string
 	SystemdCgroup bool
-	Log           *slog.Logger
+	// NoTemplates has every machine boot.
+	NoTemplates bool
+	Log         *slog.Logger
 }
 
 const (
@@ -62,6 +64,7 @@ type Driver struct {
 	finder finder
 	bootMu sync.Mutex
 	follower
+	templates templates
 }
 
 // New makes a driver that starts machines by the keeper. Nothing of what machines need has to be there yet.
@@ -79,6 +82,8 @@ func New(c Config, k *keeper.Client) (*Driver, error) {
 		c.GuestPath = beside("dolium-guest")
 	}
 	d := &Driver{config: c, keeper: k}
+	d.templates.making = map[string]bool{}
+	d.templates.ctx, d.templates.cancel = context.WithCancel(context.Background())
 	return d, d.startFollowing()
 }
 
@@ -123,15 +128,24 @@ type managed struct {
 
 // Create implements isolation.Driver: everything that a machine needs is made, and QEMU is ready to be started.
 func (d *Driver) Create(ctx context.Context, s *isolation.Spec) (isolation.Instance, error) {
-	i, err := d.create(ctx, s, false)
+	i, err := d.create(ctx, s, asWorkload)
 	if err != nil {
 		return nil, err
 	}
 	return i, nil
 }
 
-// create is Create; a machine for maintenance runs nothing of the container's.
-func (d *Driver) create(ctx context.Context, s *isolation.Spec, maintenance bool) (_ *instance, err error) {
+// purpose is what a machine is for.
+type purpose int
+
+const (
+	asWorkload    purpose = iota
+	asMaintenance         // nothing of the container's runs, its files are worked with
+	asTemplate            // it boots and is told nothing
+)
+
+// create is Create for any purpose.
+func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *instance, err error) {
 	if s.Config == nil || s.Host == nil || s.Disk == nil {
 		return nil, fault.New(errdefs.ErrInvalidArgument, "container %s: incomplete configuration", s.ID)
 	}
@@ -190,10 +204,23 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, maintenance bool
 		}()
 	}
 	var first *guest.Process
-	if setUp.Maintenance = maintenance; !maintenance {
+	if setUp.Maintenance = as == asMaintenance; as == asWorkload {
 		if first, err = firstProcess(s); err != nil {
 			return nil, err
 		}
+	}
+	key := m.templateKey(diskSize(s.Host))
+	start, err := d.memoryOf(&m, s, key, as)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil && m.memoryFile != "" {
+			err = errors.Join(err, os.RemoveAll(m.memoryFile))
+		}
+	}()
+	if as == asTemplate {
+		setUp = nil
 	}
 	spec, err := d.confine(&m, s, user)
 	if err != nil {
@@ -201,7 +228,7 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, maintenance bool
 	}
 	k := &known{
 		NetNS: s.NetNS, User: user, CPUs: m.cpus, Max: m.maxCPUs, Memory: m.memory, Process: inherited(first), Managed: files,
-		NICs: map[string]int{}, DNS: setUp.Network.DNS,
+		NICs: map[string]int{}, DNS: network.DNS,
 	}
 	for i, n := range m.nics {
 		k.NICs[n.tap] = i
@@ -217,14 +244,16 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, maintenance bool
 		SystemdCgroup: s.SystemdCgroup,
 		Machine: &keeper.Machine{
 			Channel: filepath.Join(m.dir, channelSocket), Stderr: filepath.Join(m.dir, stderrFile), NetNS: s.NetNS,
-			SetUp: setUp, Process: first,
+			SetUp: setUp, Process: first, Incoming: start.state,
 		},
 	})
 	if err != nil {
 		return nil, err
 	}
 	d.follow(s.ID, files)
-	return d.instance(s.ID), nil
+	i := d.instance(s.ID)
+	i.start = start
+	return i, nil
 }
 
 // owner marks what the keeper holds for this driver.
@@ -291,6 +320,9 @@ func (d *Driver) confine(m *machine, s *isolation.Spec, user int) (*specsSpec, e
 	if s.NetNS != "" {
 		c.devices = append(c.devices, "/dev/net/tun")
 	}
+	if m.memoryFile != "" {
+		c.files = append(c.files, hostFile{path: m.memoryFile, writable: true})
+	}
 	if m.qemu.accel.Name == "kvm" {
 		c.devices = append(c.devices, "/dev/kvm")
 	}
@@ -328,7 +360,7 @@ func (d *Driver) guestMachine(s *isolation.Spec, network *guest.Network, sh *sha
 			files = append(files, f)
 			m.Files = append(m.Files, guest.File{Path: f.Target, Content: content, Mode: 0o644, ReadOnly: f.ReadOnly})
 			if x.Target == "/etc/resolv.conf" && usesResolver(content) {
-				m.Network.DNS = true
+				m.Network.DNS, network.DNS = true, true
 			}
 		case x.Type == "tmpfs":
 			m.Mounts = append(m.Mounts, guest.Mount{Type: "tmpfs", Target: x.Target, Options: x.Options})
@@ -504,7 +536,73 @@ func (h *held) Delete(ctx context.Context) error {
 }
 
 // instance is one machine.
-type instance struct{ held }
+type instance struct {
+	held
+	start starting
+}
+
+// starting is how a machine comes to run: from a template's state, or by booting, after which the template is made.
+type starting struct {
+	state  string // a template's
+	memory string // file to be removed when QEMU has it
+	nics   []nic
+	share  bool
+	then   func()
+}
+
+// memoryOf decides whether a machine starts from a template, and makes its memory then.
+func (d *Driver) memoryOf(m *machine, s *isolation.Spec, key string, as purpose) (starting, error) {
+	switch dir := d.template(key); {
+	case as == asTemplate:
+		m.memoryFile = d.memoryPath(s.ID)
+		err := emptyFile(m.memoryFile, m.memory)
+		return starting{}, errors.Join(err, os.Chown(m.memoryFile, userOf(s.ID), userOf(s.ID)))
+	case m.lower == "":
+		return starting{}, nil // templates have that disk
+	case dir == "":
+		return starting{then: func() { d.prepareTemplate(key, s) }}, nil
+	default:
+		m.memoryFile, m.incoming = d.memoryPath(s.ID), true
+		if err := copyData(filepath.Join(dir, memoryFile), m.memoryFile); err != nil {
+			return starting{}, errors.Join(fmt.Errorf("copy a template's memory: %w", err), os.RemoveAll(m.memoryFile))
+		}
+		err := os.Chown(m.memoryFile, userOf(s.ID), userOf(s.ID))
+		return starting{state: filepath.Join(dir, stateFile), memory: m.memoryFile, nics: m.nics, share: m.share}, err
+	}
+}
+
+// Start implements isolation.Instance.
+func (i *instance) Start(ctx context.Context) error {
+	if i.start.state == "" {
+		err := i.held.Start(ctx)
+		if err == nil && i.start.then != nil {
+			i.start.then()
+		}
+		return err
+	}
+	plugged := make(chan error, 1)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		err := i.d.resumeTemplate(ctx, i.key.ID, i.start.nics, i.start.share)
+		if err != nil {
+			// What waits for the guest would wait long.
+			_ = i.d.keeper.Signal(context.WithoutCancel(ctx), i.key, syscall.SIGKILL) // it may have ended
+			cancel()
+		}
+		plugged <- err
+	}()
+	err := i.held.Start(ctx)
+	perr := <-plugged
+	// QEMU has the file open; without a name it goes with QEMU.
+	rerr := os.RemoveAll(i.start.memory)
+	if perr == nil && err != nil && !errors.As(err, new(*commandError)) || perr != nil {
+		// The template may be what is wrong: the next start boots.
+		rerr = errors.Join(rerr, os.RemoveAll(filepath.Dir(i.start.state)))
+		return errors.Join(perr, err, rerr)
+	}
+	return errors.Join(err, rerr)
+}
 
 var (
 	_ isolation.Driver     = (*Driver)(nil)
@@ -516,7 +614,7 @@ var (
 )
 
 func (d *Driver) instance(id string) *instance {
-	return &instance{held{d: d, key: keeper.Key{ID: id}}}
+	return &instance{held: held{d: d, key: keeper.Key{ID: id}}}
 }
 
 // Delete implements isolation.Instance.

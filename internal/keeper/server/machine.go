@@ -102,7 +102,11 @@ func (m *machines) Create(p *proc, _ stdio) (pid, master int, err error) {
 	}
 	var own stdio
 	defer own.close()
-	if own.files[0], err = os.Open(os.DevNull); err != nil {
+	input := os.DevNull
+	if x.m.Incoming != "" {
+		input = x.m.Incoming
+	}
+	if own.files[0], err = os.Open(input); err != nil {
 		return 0, -1, err
 	}
 	for i := 1; i < 3; i++ {
@@ -154,6 +158,10 @@ func (x *machine) begin() error {
 	patience := x.m.Patience
 	if patience <= 0 {
 		patience = 2 * time.Minute
+	}
+	if x.m.SetUp == nil {
+		_, err := x.ask(&guest.RequestBody{Op: guest.OpQuiet}, patience)
+		return err
 	}
 	if _, err := x.ask(&guest.RequestBody{Op: guest.OpSetUp, Machine: x.m.SetUp}, patience); err != nil {
 		if why := lastLines(x.m.Stderr); why != "" {

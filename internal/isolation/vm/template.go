@@ -1,0 +1,347 @@
+package vm
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"dolium/internal/isolation"
+	"dolium/internal/keeper"
+
+	"github.com/moby/moby/api/types/container"
+	"golang.org/x/sys/unix"
+)
+
+// Machines start from templates. A template is a machine of some shape whose guest has booted and waits to be told what
+// it is: its memory, and the state of its devices, in two files. A start copies the memory, has QEMU read the state, and
+// plugs in what is this machine's alone (interfaces, the share of directories); then the guest is told what it is as after
+// any boot, with the time and fresh entropy, since it shares both with every other machine of the template. The guest
+// knows nothing of its disks but their length, which is the same for all images, so a template is for every image.
+//
+// The first start of a shape boots, and makes the template behind its back.
+
+// templates is what a driver knows of them.
+type templates struct {
+	mu     sync.Mutex
+	making map[string]bool
+	one    sync.Mutex // they are made one at a time
+	wg     sync.WaitGroup
+	ctx    context.Context
+	cancel context.CancelFunc
+}
+
+const (
+	memoryFile = "memory"
+	stateFile  = "state"
+)
+
+// templateKey names everything that a machine's state depends on.
+func (m *machine) templateKey(diskSize int64) string {
+	h := sha256.New()
+	fmt.Fprintln(h, 2, m.boot.name, m.qemu.path, m.qemu.major, m.qemu.minor, m.qemu.accel.Name, m.cpus, m.maxCPUs, m.memory, m.maxMemory, diskSize, hotPorts)
+	if info, err := os.Stat(m.qemu.path); err == nil {
+		fmt.Fprintln(h, info.Size(), info.ModTime().UnixNano())
+	}
+	return hex.EncodeToString(h.Sum(nil))[:16]
+}
+
+func (d *Driver) templateDir(key string) string {
+	return filepath.Join(d.config.DataRoot, "vm", "templates", key)
+}
+
+// template returns the directory of a machine's template, empty when there is none.
+func (d *Driver) template(key string) string {
+	if d.config.NoTemplates {
+		return ""
+	}
+	dir := d.templateDir(key)
+	if _, err := os.Stat(filepath.Join(dir, stateFile)); err != nil {
+		return ""
+	}
+	return dir
+}
+
+// prepareTemplate makes a template behind the back of whoever starts the first machine of its shape.
+func (d *Driver) prepareTemplate(key string, s *isolation.Spec) {
+	if d.config.NoTemplates {
+		return
+	}
+	t := &d.templates
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.making[key] || t.ctx.Err() != nil {
+		return
+	}
+	t.making[key] = true
+	resources := s.Host.Resources
+	storage := s.Host.StorageOpt
+	t.wg.Go(func() {
+		t.one.Lock()
+		defer t.one.Unlock()
+		defer func() {
+			t.mu.Lock()
+			delete(t.making, key)
+			t.mu.Unlock()
+		}()
+		start := time.Now()
+		err := d.makeTemplate(t.ctx, key, resources, storage)
+		if err != nil && t.ctx.Err() == nil {
+			d.config.Log.Warn("template of machines not made, they boot", "error", err)
+		} else if err == nil {
+			d.config.Log.Debug("template of machines made", "took", time.Since(start))
+		}
+	})
+}
+
+// templatePrefix begins the IDs of machines that become templates.
+const templatePrefix = "template-"
+
+// makeTemplate boots a machine and saves it.
+func (d *Driver) makeTemplate(ctx context.Context, key string, r container.Resources, storage map[string]string) (err error) {
+	id := templatePrefix + key
+	work := filepath.Join(d.runDir(id), "disks")
+	if err := os.MkdirAll(work, 0o711); err != nil {
+		return err
+	}
+	lower := filepath.Join(work, "lower")
+	if err := emptyFile(lower, lowerSize); err != nil {
+		return err
+	}
+	host := &container.HostConfig{Resources: container.Resources{NanoCPUs: r.NanoCPUs, CPUQuota: r.CPUQuota, CPUPeriod: r.CPUPeriod, Memory: r.Memory}, StorageOpt: storage}
+	// As fast as the host can and beside everything else.
+	s := &isolation.Spec{
+		ID: id, Name: id, Config: &container.Config{}, Host: host, Disk: &isolation.Disk{Lower: lower, Dir: work, Volatile: true},
+		CgroupParent: d.config.CgroupParent, SystemdCgroup: d.config.SystemdCgroup, Log: isolation.LogSpec{Driver: "none"},
+	}
+	inst, err := d.create(ctx, s, asTemplate)
+	if err != nil {
+		return errors.Join(err, os.RemoveAll(d.runDir(id)))
+	}
+	memory := d.memoryPath(id)
+	defer func() {
+		err = errors.Join(err, inst.Delete(context.WithoutCancel(ctx)), os.RemoveAll(memory))
+	}()
+	if err := d.keeperStart(ctx, id); err != nil {
+		return err
+	}
+	dir := d.templateDir(key)
+	tmp := dir + ".new"
+	if err := errors.Join(os.RemoveAll(tmp), os.MkdirAll(tmp, 0o700)); err != nil {
+		return err
+	}
+	if err := d.saveState(ctx, id, filepath.Join(tmp, stateFile)); err != nil {
+		return err
+	}
+	if err := copyData(memory, filepath.Join(tmp, memoryFile)); err != nil {
+		return err
+	}
+	return os.Rename(tmp, dir)
+}
+
+// lowerSize is the length of all images' disks, see package image.
+const lowerSize = 256 << 30
+
+func emptyFile(path string, size int64) error {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|os.O_TRUNC, 0o644)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Truncate(size), f.Close())
+}
+
+// keeperStart starts a machine that isn't an instance of the engine's.
+func (d *Driver) keeperStart(ctx context.Context, id string) error {
+	_, err := d.keeper.Start(ctx, keeper.Key{ID: id}, 0, 0)
+	return err
+}
+
+// sharedMemory makes QEMU leave memory that is a file out of a machine's state.
+var sharedMemory = map[string]any{"capabilities": []map[string]any{{"capability": "x-ignore-shared", "state": true}}}
+
+// saveState stops a machine and writes the state of its devices into a file.
+func (d *Driver) saveState(ctx context.Context, id, path string) error {
+	socket := filepath.Join(d.runDir(id), "state.sock")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	if err := os.Chown(socket, userOf(id), userOf(id)); err != nil {
+		return err
+	}
+	received := make(chan error, 1)
+	go func() { received <- receiveInto(l, path) }()
+	err = d.monitored(ctx, id, func(m *monitor) error {
+		if err := m.run("stop", nil, nil); err != nil {
+			return err
+		}
+		if err := m.run("migrate-set-capabilities", sharedMemory, nil); err != nil {
+			return err
+		}
+		if err := m.run("migrate", map[string]any{"uri": "unix:" + socket}, nil); err != nil {
+			return err
+		}
+		return m.migrated()
+	})
+	if err != nil {
+		l.Close()
+		<-received
+		return err
+	}
+	return <-received
+}
+
+func receiveInto(l net.Listener, path string) error {
+	c, err := l.Accept()
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(f, c)
+	return errors.Join(err, f.Close())
+}
+
+// migrated waits until a machine's state has been written.
+func (m *monitor) migrated() error {
+	for {
+		var s struct {
+			Status string `json:"status"`
+			Desc   string `json:"error-desc"`
+		}
+		if err := m.run("query-migrate", nil, &s); err != nil {
+			return err
+		}
+		switch s.Status {
+		case "completed":
+			return nil
+		case "failed", "cancelled":
+			return fmt.Errorf("save the machine's state: %s %s", s.Status, s.Desc)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// memoryPath is the file that is a machine's memory while it starts: on a file system that is memory itself.
+func (d *Driver) memoryPath(id string) string {
+	var st unix.Statfs_t
+	dir := d.runDir(id)
+	const tmpfs = 0x01021994
+	if err := unix.Statfs(dir, &st); err == nil && st.Type == tmpfs {
+		return filepath.Join(dir, memoryFile)
+	}
+	return filepath.Join("/dev/shm", "dolium-"+id+"."+memoryFile)
+}
+
+// copyData copies what is in a file with holes, leaving the holes.
+func copyData(from, to string) error {
+	src, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	info, err := src.Stat()
+	if err != nil {
+		return err
+	}
+	dst, err := os.OpenFile(to, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer dst.Close()
+	if err := dst.Truncate(info.Size()); err != nil {
+		return err
+	}
+	for at := int64(0); at < info.Size(); {
+		data, err := unix.Seek(int(src.Fd()), at, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		hole, err := unix.Seek(int(src.Fd()), data, unix.SEEK_HOLE)
+		if err != nil {
+			return err
+		}
+		for off := data; off < hole; {
+			out := off
+			n, err := unix.CopyFileRange(int(src.Fd()), &off, int(dst.Fd()), &out, int(hole-off), 0)
+			if err != nil || n == 0 {
+				if _, err := src.Seek(off, io.SeekStart); err != nil {
+					return err
+				}
+				if _, err := dst.Seek(off, io.SeekStart); err != nil {
+					return err
+				}
+				if _, err := io.CopyN(dst, src, hole-off); err != nil {
+					return err
+				}
+				break
+			}
+		}
+		at = hole
+	}
+	return dst.Close()
+}
+
+// resumeTemplate has QEMU read a template's state, which is its standard input, and plugs in what is this machine's.
+func (d *Driver) resumeTemplate(ctx context.Context, id string, nics []nic, share bool) error {
+	return d.monitored(ctx, id, func(m *monitor) error {
+		if err := m.run("migrate-set-capabilities", sharedMemory, nil); err != nil {
+			return err
+		}
+		if err := m.run("migrate-incoming", map[string]any{"uri": "fd:0"}, nil); err != nil {
+			return err
+		}
+		for {
+			var s struct {
+				Status string `json:"status"`
+			}
+			if err := m.run("query-status", nil, &s); err != nil {
+				return err
+			}
+			if s.Status == "paused" {
+				// As the template was when it was saved.
+				if err := m.run("cont", nil, nil); err != nil {
+					return err
+				}
+				break
+			}
+			if s.Status != "inmigrate" {
+				return fmt.Errorf("start from a template: the machine is %q", s.Status)
+			}
+			time.Sleep(2 * time.Millisecond)
+		}
+		for port, n := range nics {
+			if err := m.plugNIC(&n, port); err != nil {
+				return err
+			}
+		}
+		if !share {
+			return nil
+		}
+		err := m.run("chardev-add", map[string]any{"id": "share", "backend": map[string]any{
+			"type": "socket", "data": map[string]any{"server": false, "addr": map[string]any{
+				"type": "unix", "data": map[string]any{"path": filepath.Join(d.runDir(id), shareSocket)},
+			}},
+		}}, nil)
+		if err != nil {
+			return err
+		}
+		return m.run("device_add", map[string]any{
+			"driver": "vhost-user-fs-pci", "id": "fs", "chardev": "share", "tag": shareTag, "queue-size": 1024, "bus": fmt.Sprintf("port%d", hotPorts-1),
+		}, nil)
+	})
+}
