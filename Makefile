@@ -15,7 +15,7 @@ version = $(shell sed -n 's|.*github.com/docker/$(1) \(v[0-9.]*\).*|\1|p' plugin
 
 all: build
 
-## build: the four binaries, and the plugins that come with the CLI, in bin/
+## build: the binaries, the plugins that come with the CLI, and a kernel for virtual machines, in bin/
 build: deps plugins
 	@mkdir -p bin
 	CGO_ENABLED=0 $(GOBUILD) -o bin/dolium ./cmd/dolium
@@ -23,6 +23,8 @@ build: deps plugins
 	# Static, since --init mounts it into containers; without seccomp it refuses to start any.
 	CGO_ENABLED=1 $(GO) build -tags 'seccomp netgo osusergo' -ldflags '$(LDFLAGS) -extldflags -static' -o bin/dolium-keeper ./cmd/dolium-keeper
 	CGO_ENABLED=0 $(GOBUILD) -o bin/dolium-guest ./cmd/dolium-guest
+	CGO_ENABLED=0 $(GOBUILD) -o bin/dolium-guest-files ./cmd/dolium-guest-files
+	@scripts/kernel.sh bin/kernels || echo "virtual machines have no kernel yet: dolium vm kernel add" >&2
 
 ## plugins: buildx as it is, and Compose with the old formats of its files
 plugins: deps
@@ -62,14 +64,15 @@ bench: build
 ## install: binaries and a systemd unit; restarting the daemon leaves workloads running
 install: build
 	install -d $(DESTDIR)$(PREFIX)/bin
-	install -m 0755 bin/dolium bin/doliumd bin/dolium-keeper bin/dolium-guest $(DESTDIR)$(PREFIX)/bin/
+	install -m 0755 bin/dolium bin/doliumd bin/dolium-keeper bin/dolium-guest bin/dolium-guest-files $(DESTDIR)$(PREFIX)/bin/
 	install -d $(DESTDIR)$(PREFIX)/lib/dolium/cli-plugins
+	cp -r bin/kernels $(DESTDIR)$(PREFIX)/lib/dolium/
 	install -m 0755 bin/cli-plugins/* $(DESTDIR)$(PREFIX)/lib/dolium/cli-plugins/
 	@PREFIX=$(PREFIX) DESTDIR=$(DESTDIR) packaging/install-units.sh
 
 uninstall:
 	@PREFIX=$(PREFIX) DESTDIR=$(DESTDIR) packaging/install-units.sh --remove
-	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,dolium doliumd dolium-keeper dolium-guest)
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,dolium doliumd dolium-keeper dolium-guest dolium-guest-files)
 	rm -rf $(DESTDIR)$(PREFIX)/lib/dolium
 
 clean:

@@ -56,6 +56,15 @@ const (
 	lastType
 )
 
+// Where things are in the agent's own root, in a guest.
+const (
+	RootDir        = "/c"     // the workload's root
+	LowerDir       = "/lower" // the image's disk, the root below "root"
+	UpperDir       = "/upper" // the writable disk, what was changed below "fs"
+	WorkloadCgroup = "/sys/fs/cgroup/workload"
+	FilesProgram   = "/files" // dolium-guest-files
+)
+
 // Window is how many bytes of one stream may be on the way without having been acknowledged.
 const Window = 256 << 10
 
@@ -295,8 +304,10 @@ type Network struct {
 	DNS bool `json:"dns,omitempty"`
 }
 
-// Interface is a network interface; one whose MAC no device has is given to the first device without a name here.
+// Interface is a network interface, whose device is found by its MAC. A Preset one's was there before the machine knew
+// its MAC and is the one that isn't another's.
 type Interface struct {
+	Preset    bool     `json:"preset,omitempty"`
 	Name      string   `json:"name"`
 	MAC       string   `json:"mac"`
 	MTU       int      `json:"mtu,omitempty"`
@@ -335,7 +346,7 @@ type Process struct {
 	OOMScoreAdj  int      `json:"oomScoreAdj,omitempty"`
 	// Init puts a small init before the program.
 	Init bool `json:"init,omitempty"`
-	// Tool runs a function of dolium-guest's own on the root instead of a program, see package agent.
+	// Tool runs dolium-guest-files with the arguments instead of a program of the root's.
 	Tool bool `json:"tool,omitempty"`
 }
 
@@ -397,7 +408,7 @@ func (e *Error) Error() string { return e.Message }
 // Unwrap gives the kind, so that errors.Is works across the wire.
 func (e *Error) Unwrap() error { return kinds[e.Kind] }
 
-// Tools are functions of dolium-guest's own that work with the root's files, by the first of a process's arguments.
+// Tools are what dolium-guest-files does, by the first of its arguments.
 const (
 	ToolStat    = "stat"    // PATH: JSON of container.PathStat
 	ToolGet     = "get"     // PATH: the same, a newline, and a tar archive

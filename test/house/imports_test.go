@@ -37,7 +37,8 @@ var floors = map[string]int{
 var beside = map[string][]string{
 	"dolium/internal/isolation/process": {"dolium/internal/isolation"},
 	"dolium/internal/isolation/vm":      {"dolium/internal/isolation", "dolium/internal/isolation/process"},
-	"dolium/internal/guest/agent":       {"dolium/internal/guest", "dolium/internal/overlay", "dolium/internal/rootfs"},
+	"dolium/internal/guest/agent":       {"dolium/internal/guest"},
+	"dolium/internal/guest/files":       {"dolium/internal/guest", "dolium/internal/overlay", "dolium/internal/rootfs"},
 	"dolium/internal/rootfs":            {"dolium/internal/fault"},
 	"dolium/internal/keeper/server":     {"dolium/internal/guest", "dolium/internal/keeper", "dolium/internal/logs"},
 	"dolium/internal/keeper":            {"dolium/internal/fault", "dolium/internal/guest", "dolium/internal/logs"},

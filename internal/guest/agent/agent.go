@@ -18,12 +18,8 @@ import (
 // Modes of the program, by its first argument.
 const (
 	modeStage = "stage" // between fork and the workload's program
-	modeTool  = "tool"  // works with the root's files
 	modeInit  = "init"  // --init
 )
-
-// rootDir is where the workload's root is mounted in the agent's own mount namespace.
-const rootDir = "/c"
 
 // Main is the whole program.
 func Main() {
@@ -34,8 +30,6 @@ func Main() {
 	switch {
 	case mode == modeStage:
 		stageMain()
-	case mode == modeTool:
-		toolMain(os.Args[2:])
 	case mode == modeInit && len(os.Args) > 2:
 		initMain(os.Args[2:])
 	case os.Getpid() == 1:

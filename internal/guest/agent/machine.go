@@ -20,18 +20,11 @@ import (
 	"dolium/internal/guest"
 )
 
-// Where things are in the agent's own root.
-const (
-	lowerDir = "/lower"
-	upperDir = "/upper"
-	shareDir = "/share"
-	diskDir  = "/disks"
-
-	workloadCgroup = "/sys/fs/cgroup/workload"
-)
+// shareDir is where directories of the host's come in.
+const shareDir = "/share"
 
 func makeCgroup() error {
-	if err := os.Mkdir(workloadCgroup, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+	if err := os.Mkdir(guest.WorkloadCgroup, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
 		return fmt.Errorf("make control group: %w", err)
 	}
 	for _, c := range []string{"+memory", "+pids", "+cpu", "+io"} {
@@ -42,7 +35,7 @@ func makeCgroup() error {
 
 // oomKilled says whether the kernel has killed a process of the workload for want of memory.
 func oomKilled() bool {
-	b, err := os.ReadFile(workloadCgroup + "/memory.events")
+	b, err := os.ReadFile(guest.WorkloadCgroup + "/memory.events")
 	if err != nil {
 		return false
 	}
@@ -108,7 +101,7 @@ func (a *agent) makeMachine(m *guest.Machine) error {
 		}
 	}
 	if m.ReadOnly {
-		if err := unix.Mount("", rootDir, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, ""); err != nil {
+		if err := unix.Mount("", guest.RootDir, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, ""); err != nil {
 			return fmt.Errorf("make root read-only: %w", err)
 		}
 	}
@@ -160,7 +153,7 @@ func disk(serial string) (string, error) {
 
 // mountRoot mounts the image's disk with the writable one over it.
 func mountRoot(m *guest.Machine) error {
-	for _, dir := range []string{lowerDir, upperDir, rootDir} {
+	for _, dir := range []string{guest.LowerDir, guest.UpperDir, guest.RootDir} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err
 		}
@@ -169,27 +162,27 @@ func mountRoot(m *guest.Machine) error {
 	if err != nil {
 		return err
 	}
-	if err := unix.Mount(upper, upperDir, "ext4", unix.MS_NOATIME, "discard"); err != nil {
+	if err := unix.Mount(upper, guest.UpperDir, "ext4", unix.MS_NOATIME, "discard,noinit_itable"); err != nil {
 		return fmt.Errorf("mount writable disk: %w", err)
 	}
 	for _, dir := range []string{"fs", "work"} {
-		if err := os.Mkdir(filepath.Join(upperDir, dir), 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+		if err := os.Mkdir(filepath.Join(guest.UpperDir, dir), 0o755); err != nil && !errors.Is(err, os.ErrExist) {
 			return err
 		}
 	}
-	lower := lowerDir
+	lower := guest.LowerDir
 	if m.Lower != "" {
 		dev, err := disk(m.Lower)
 		if err != nil {
 			return err
 		}
-		if err := unix.Mount(dev, lowerDir, "ext4", unix.MS_RDONLY|unix.MS_NOATIME, "noload"); err != nil {
+		if err := unix.Mount(dev, guest.LowerDir, "ext4", unix.MS_RDONLY|unix.MS_NOATIME, "noload"); err != nil {
 			return fmt.Errorf("mount image's disk: %w", err)
 		}
-		lower = lowerDir + "/root" // the file system's own root has things of its own
+		lower = guest.LowerDir + "/root" // the file system's own root has things of its own
 	}
-	options := "lowerdir=" + lower + ",upperdir=" + upperDir + "/fs,workdir=" + upperDir + "/work,index=off,redirect_dir=off,metacopy=off"
-	if err := unix.Mount("overlay", rootDir, "overlay", 0, options); err != nil {
+	options := "lowerdir=" + lower + ",upperdir=" + guest.UpperDir + "/fs,workdir=" + guest.UpperDir + "/work,index=off,redirect_dir=off,metacopy=off"
+	if err := unix.Mount("overlay", guest.RootDir, "overlay", 0, options); err != nil {
 		return fmt.Errorf("mount root: %w", err)
 	}
 	return nil
@@ -276,7 +269,7 @@ func makeDevices() error {
 
 // inRoot is where a path of the root is in the agent's, following links inside the root only; what doesn't exist is made.
 func inRoot(path string, file bool) (string, error) {
-	at, err := symlink.FollowSymlinkInScope(filepath.Join(rootDir, path), rootDir)
+	at, err := symlink.FollowSymlinkInScope(filepath.Join(guest.RootDir, path), guest.RootDir)
 	if err != nil {
 		return "", err
 	}
@@ -513,6 +506,6 @@ func (a *agent) goDown() {
 	if was {
 		return
 	}
-	_ = os.WriteFile(workloadCgroup+"/cgroup.kill", []byte("1"), 0) // older kernels: those of the PID namespace are dead anyway
+	_ = os.WriteFile(guest.WorkloadCgroup+"/cgroup.kill", []byte("1"), 0) // older kernels: those of the PID namespace are dead anyway
 	unix.Sync()
 }

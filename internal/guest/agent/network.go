@@ -52,7 +52,7 @@ func consistent[T any](list func() ([]T, error)) ([]T, error) {
 	return list()
 }
 
-// device finds the device of an interface: by its MAC, or the first one that is nobody's, which a template made.
+// device finds the device of an interface; one that is being plugged in takes a moment.
 func device(i *guest.Interface, n *guest.Network) (netlink.Link, error) {
 	for deadline := time.Now().Add(15 * time.Second); ; time.Sleep(5 * time.Millisecond) {
 		links, err := consistent(netlink.LinkList)
@@ -72,12 +72,15 @@ func device(i *guest.Interface, n *guest.Network) (netlink.Link, error) {
 				free = l
 			}
 		}
-		// A device that is being plugged in comes with its MAC; one of a template is there from the start.
-		if free != nil && (len(n.Interfaces) == 1 || time.Until(deadline) < 14*time.Second) {
+		if free != nil && i.Preset {
 			return free, nil
 		}
 		if time.Now().After(deadline) {
-			return nil, errors.New("the device is missing")
+			var have []string
+			for _, l := range links {
+				have = append(have, l.Attrs().Name+" "+l.Attrs().HardwareAddr.String())
+			}
+			return nil, fmt.Errorf("no device has the address %s; there are %q", i.MAC, have)
 		}
 	}
 }

@@ -486,33 +486,120 @@ func (a *agent) collect(pid int, ws syscall.WaitStatus) bool {
 	return true
 }
 
-// runStage runs the program's second stage as a child and hands it what it needs. It returns when the workload's
-// program was executed, or could not be.
-func (a *agent) runStage(x *guest.Process, files [3]*os.File, started func(pid int)) (pid int, tty *os.File, err error) {
-	a.mu.Lock()
-	machine, mainPID := a.machine, a.mainPID
-	a.mu.Unlock()
-	s := stage{Process: x, First: x.ID == guest.MainProcess, Machine: machine}
-	if !s.First && !x.Tool && mainPID == 0 {
-		return 0, nil, fmt.Errorf("the container's first process has ended: %w", errdefs.ErrFailedPrecondition)
+// staged is a child that waits to be told which program to become.
+type staged struct {
+	pid    int
+	socket *os.File
+}
+
+// park forks the stage of the first process ahead of time, so that it is up when the host says what it is to be: in a
+// machine from a template that was long before.
+func (a *agent) park() error {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return err
 	}
+	defer null.Close()
+	s, err := fork(&syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWIPC}, [3]*os.File{null, null, null}, nil)
+	if err != nil {
+		return err
+	}
+	a.parked = s
+	return nil
+}
+
+// fork starts the program's second stage in the workload's control group.
+func fork(how *syscall.SysProcAttr, files [3]*os.File, namespaces []*os.File) (*staged, error) {
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return 0, nil, err
+		return nil, err
 	}
 	mine := os.NewFile(uintptr(pair[0]), "stage")
 	theirs := os.NewFile(uintptr(pair[1]), "stage")
-	defer mine.Close()
-	cg, err := os.Open(workloadCgroup)
+	defer theirs.Close()
+	cg, err := os.Open(guest.WorkloadCgroup)
 	if err != nil {
-		theirs.Close()
-		return 0, nil, err
+		mine.Close()
+		return nil, err
 	}
 	defer cg.Close()
+	how.UseCgroupFD, how.CgroupFD = true, int(cg.Fd())
 	attr := &syscall.ProcAttr{
 		Env:   []string{"PATH=/", "GOMAXPROCS=1"},
 		Files: []uintptr{files[0].Fd(), files[1].Fd(), files[2].Fd(), theirs.Fd()},
-		Sys:   &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(cg.Fd())},
+		Sys:   how,
+	}
+	for i, f := range namespaces {
+		if i < len(namespaces)-1 {
+			attr.Files = append(attr.Files, f.Fd())
+		}
+	}
+	s := &staged{socket: mine}
+	run := func() error {
+		s.pid, err = syscall.ForkExec("/proc/self/exe", []string{"dolium-guest", modeStage}, attr)
+		return err
+	}
+	if len(namespaces) > 0 {
+		err = inPIDNamespace(namespaces[len(namespaces)-1], run)
+	} else {
+		err = run()
+	}
+	if err != nil {
+		mine.Close()
+		return nil, fmt.Errorf("start: %w", err)
+	}
+	return s, nil
+}
+
+// runStage gives a stage its streams and what it is to become. It returns when the workload's program was executed, or
+// could not be.
+func (a *agent) runStage(x *guest.Process, files [3]*os.File, started func(pid int)) (pid int, tty *os.File, err error) {
+	if x.Tool {
+		pid, err = syscall.ForkExec(guest.FilesProgram, append([]string{"dolium-guest-files"}, x.Args...), &syscall.ProcAttr{
+			Env: []string{"PATH=/"}, Files: []uintptr{files[0].Fd(), files[1].Fd(), files[2].Fd()},
+		})
+		if err == nil {
+			started(pid)
+		}
+		return pid, nil, err
+	}
+	a.mu.Lock()
+	machine, mainPID := a.machine, a.mainPID
+	a.mu.Unlock()
+	first := x.ID == guest.MainProcess
+	var s *staged
+	if first {
+		s = a.parked
+	} else {
+		if s, err = a.join(mainPID, files); err != nil {
+			return 0, nil, err
+		}
+	}
+	defer s.socket.Close()
+	started(s.pid)
+	b, err := json.Marshal(stage{Process: x, First: first, Machine: machine})
+	if err != nil {
+		return 0, nil, err
+	}
+	// The descriptors of the streams come with the first byte.
+	if err := unix.Sendmsg(int(s.socket.Fd()), b[:1], unix.UnixRights(int(files[0].Fd()), int(files[1].Fd()), int(files[2].Fd())), nil, 0); err != nil {
+		return 0, nil, fmt.Errorf("start: %w", err)
+	}
+	if _, err := s.socket.Write(b[1:]); err != nil {
+		return 0, nil, fmt.Errorf("start: %w", err)
+	}
+	if err := unix.Shutdown(int(s.socket.Fd()), unix.SHUT_WR); err != nil {
+		return 0, nil, err
+	}
+	tty, err = stageResult(s.socket)
+	return s.pid, tty, err
+}
+
+// join forks a stage that is to join the namespaces of the first process.
+func (a *agent) join(mainPID int, files [3]*os.File) (*staged, error) {
+	ended := fmt.Errorf("the container's first process has ended: %w", errdefs.ErrFailedPrecondition)
+	if mainPID == 0 {
+		return nil, ended
 	}
 	var namespaces []*os.File
 	defer func() {
@@ -520,59 +607,14 @@ func (a *agent) runStage(x *guest.Process, files [3]*os.File, started func(pid i
 			f.Close()
 		}
 	}()
-	mode := modeStage
-	switch {
-	case x.Tool:
-		mode = modeTool
-		attr.Sys.UseCgroupFD = false
-	case s.First:
-		attr.Sys.Cloneflags = unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWIPC
-	default:
-		for _, ns := range []string{"mnt", "ipc", "cgroup", "pid"} {
-			f, err := os.Open(fmt.Sprintf("/proc/%d/ns/%s", mainPID, ns))
-			if err != nil {
-				theirs.Close()
-				return 0, nil, fmt.Errorf("the container's first process has ended: %w", errdefs.ErrFailedPrecondition)
-			}
-			namespaces = append(namespaces, f)
-			if ns != "pid" {
-				attr.Files = append(attr.Files, f.Fd())
-			}
+	for _, ns := range []string{"mnt", "ipc", "cgroup", "pid"} {
+		f, err := os.Open(fmt.Sprintf("/proc/%d/ns/%s", mainPID, ns))
+		if err != nil {
+			return nil, ended
 		}
+		namespaces = append(namespaces, f)
 	}
-	argv := []string{"dolium-guest", mode}
-	if x.Tool {
-		argv = append(argv, x.Args...)
-	}
-	fork := func() error {
-		pid, err = syscall.ForkExec("/proc/self/exe", argv, attr)
-		return err
-	}
-	if len(namespaces) > 0 {
-		err = inPIDNamespace(namespaces[3], fork)
-	} else {
-		err = fork()
-	}
-	theirs.Close()
-	if err != nil {
-		return 0, nil, fmt.Errorf("start: %w", err)
-	}
-	started(pid)
-	if x.Tool {
-		return pid, nil, nil
-	}
-	b, err := json.Marshal(s)
-	if err != nil {
-		return 0, nil, err
-	}
-	if _, err := mine.Write(b); err != nil {
-		return 0, nil, fmt.Errorf("start: %w", err)
-	}
-	if err := unix.Shutdown(int(mine.Fd()), unix.SHUT_WR); err != nil {
-		return 0, nil, err
-	}
-	tty, err = stageResult(mine)
-	return pid, tty, err
+	return fork(&syscall.SysProcAttr{}, files, namespaces)
 }
 
 // stageResult reads what the stage says: nothing when it became the program, its terminal before, or an error.

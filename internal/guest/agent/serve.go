@@ -29,6 +29,7 @@ type agent struct {
 	machine *guest.Machine
 	setUp   *once
 	down    bool
+	parked  *staged // what the first process will be
 	dns     *resolver
 }
 
@@ -45,7 +46,10 @@ func newAgent(port *os.File) (*agent, error) {
 	}
 	a := &agent{port: port, boot: hex.EncodeToString(id), procs: map[uint32]*proc{}}
 	a.dns = newResolver(a)
-	return a, makeCgroup()
+	if err := makeCgroup(); err != nil {
+		return nil, err
+	}
+	return a, a.park()
 }
 
 // run serves the channel for ever.
@@ -192,7 +196,7 @@ func (a *agent) do(r *guest.RequestBody, res *guest.ResponseBody) error {
 		}
 		return p.signal(unix.Signal(r.Signal))
 	case guest.OpPutFile:
-		return putFile(rootDir, r.File)
+		return putFile(guest.RootDir, r.File)
 	case guest.OpNetwork:
 		return a.setNetwork(r.Network)
 	case guest.OpStats:

@@ -46,8 +46,7 @@ func stageMain() {
 }
 
 func runProgram() error {
-	f := os.NewFile(uintptr(stageSocket), "agent")
-	b, err := io.ReadAll(f)
+	b, err := receiveOrders()
 	if err != nil {
 		return err
 	}
@@ -128,6 +127,33 @@ func runProgram() error {
 	return fmt.Errorf("exec: %q: %w%w", p.Args[0], err, kindOfExec(err))
 }
 
+// receiveOrders reads what the agent has to say; the streams come with it.
+func receiveOrders() ([]byte, error) {
+	first, oob := make([]byte, 1), make([]byte, unix.CmsgSpace(3*4))
+	n, oobn, _, _, err := unix.Recvmsg(stageSocket, first, oob, unix.MSG_CMSG_CLOEXEC)
+	if err != nil {
+		return nil, err
+	}
+	if n == 0 {
+		os.Exit(0) // the agent has no use for this one
+	}
+	msgs, err := unix.ParseSocketControlMessage(oob[:oobn])
+	if err != nil || len(msgs) != 1 {
+		return nil, fmt.Errorf("no streams: %v", err)
+	}
+	fds, err := unix.ParseUnixRights(&msgs[0])
+	if err != nil || len(fds) != 3 {
+		return nil, fmt.Errorf("no streams: %v", err)
+	}
+	for i, fd := range fds {
+		if err := unix.Dup2(fd, i); err != nil {
+			return nil, err
+		}
+	}
+	rest, err := io.ReadAll(os.NewFile(uintptr(stageSocket), "agent"))
+	return append(first, rest...), err
+}
+
 // kind is an error kind that doesn't show in texts.
 type kind struct{ error }
 
@@ -188,14 +214,15 @@ func lookPath(name string, env []string) (string, error) {
 
 // enterRoot makes the workload's root the root of this new mount namespace.
 func enterRoot(m *guest.Machine) error {
-	// Here rather than with the others, so that its root is the workload's control group and not the agent's.
-	if err := unix.Unshare(unix.CLONE_NEWCGROUP); err != nil {
-		return fmt.Errorf("new control group namespace: %w", err)
+	// Here and not when it was forked, so that the root is the workload's control group and not the agent's, and all that
+	// was mounted by now is there.
+	if err := unix.Unshare(unix.CLONE_NEWCGROUP | unix.CLONE_NEWNS); err != nil {
+		return fmt.Errorf("new namespaces: %w", err)
 	}
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("make mounts private: %w", err)
 	}
-	if err := unix.Chdir(rootDir); err != nil {
+	if err := unix.Chdir(guest.RootDir); err != nil {
 		return err
 	}
 	// The first root can't be left by pivot_root(2): it is covered.

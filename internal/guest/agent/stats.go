@@ -37,7 +37,7 @@ func stats() (*guest.Stats, error) {
 	if online, err := os.ReadFile("/sys/devices/system/cpu/online"); err == nil {
 		s.CPUs = countCPUs(strings.TrimSpace(string(online)))
 	}
-	if cpu, err := os.ReadFile(workloadCgroup + "/cpu.stat"); err == nil {
+	if cpu, err := os.ReadFile(guest.WorkloadCgroup + "/cpu.stat"); err == nil {
 		for line := range strings.Lines(string(cpu)) {
 			name, value, _ := strings.Cut(strings.TrimSpace(line), " ")
 			us, err := strconv.ParseUint(value, 10, 64)
@@ -52,7 +52,7 @@ func stats() (*guest.Stats, error) {
 			}
 		}
 	}
-	if pids, err := os.ReadFile(workloadCgroup + "/pids.current"); err == nil {
+	if pids, err := os.ReadFile(guest.WorkloadCgroup + "/pids.current"); err == nil {
 		s.PIDs, _ = strconv.ParseUint(strings.TrimSpace(string(pids)), 10, 64) // 0 when it can't be read
 	}
 	return s, nil

@@ -61,7 +61,7 @@ func (d *Driver) emptyDisk(ctx context.Context, size int64) (string, error) {
 		return "", err
 	}
 	// The journal is small: what is lost with the machine is the workload's to sync.
-	if err := run(ctx, "mkfs.ext4", "-q", "-F", "-m", "0", "-J", "size=16", "-O", "^resize_inode", "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0", raw); err != nil {
+	if err := run(ctx, "mkfs.ext4", "-q", "-F", "-m", "0", "-J", "size=16", "-i", "65536", "-O", "^resize_inode", "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0", raw); err != nil {
 		return "", err
 	}
 	if err := run(ctx, "qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", "lazy_refcounts=on", raw, path+".new"); err != nil {

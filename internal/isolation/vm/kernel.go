@@ -15,6 +15,7 @@ import (
 	"strings"
 
 	"dolium/internal/fault"
+	"dolium/internal/guest"
 
 	"github.com/containerd/errdefs"
 	"github.com/klauspost/compress/zstd"
@@ -123,7 +124,7 @@ func (d *Driver) bootFiles(k Kernel) (*booted, error) {
 	d.bootMu.Lock()
 	defer d.bootMu.Unlock()
 	h := sha256.New()
-	for _, path := range []string{filepath.Join(k.Dir, "vmlinuz"), d.config.GuestPath} {
+	for _, path := range []string{filepath.Join(k.Dir, "vmlinuz"), d.config.GuestPath, d.config.GuestPath + filesSuffix} {
 		info, err := os.Stat(path)
 		if err != nil {
 			return nil, err
@@ -214,16 +215,23 @@ func decompress(b []byte) ([]byte, error) {
 	return out.Bytes(), nil
 }
 
+// filesSuffix is what dolium-guest-files has behind dolium-guest's path.
+const filesSuffix = "-files"
+
 // writeInitrd writes an initramfs: dolium-guest as the first process, and the modules.
-func writeInitrd(to, guest, moduleDir string) error {
+func writeInitrd(to, guestPath, moduleDir string) error {
 	var c cpio
-	program, err := os.ReadFile(guest)
+	program, err := os.ReadFile(guestPath)
 	if err != nil {
 		return fmt.Errorf("dolium-guest: %w", err)
 	}
 	c.dir("dev")
 	c.node("dev/console", 5, 1)
 	c.file("init", 0o755, program)
+	if program, err = os.ReadFile(guestPath + filesSuffix); err != nil {
+		return fmt.Errorf("dolium-guest-files: %w", err)
+	}
+	c.file(strings.TrimPrefix(guest.FilesProgram, "/"), 0o755, program)
 	c.dir("modules")
 	var order []string
 	for _, name := range modules {

@@ -115,7 +115,7 @@ func (m *machine) args() []string {
 
 	// Networks.
 	for i, n := range m.nics {
-		if m.incoming {
+		if m.incoming && i > 0 {
 			break // plugged in when the state was read
 		}
 		add("-netdev", "tap,id=net-%s,ifname=%s,script=no,downscript=no", n.tap, n.tap)

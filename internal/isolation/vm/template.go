@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync"
 	"time"
 
@@ -17,6 +18,7 @@ import (
 	"dolium/internal/keeper"
 
 	"github.com/moby/moby/api/types/container"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -46,7 +48,7 @@ const (
 // templateKey names everything that a machine's state depends on.
 func (m *machine) templateKey(diskSize int64) string {
 	h := sha256.New()
-	fmt.Fprintln(h, 2, m.boot.name, m.qemu.path, m.qemu.major, m.qemu.minor, m.qemu.accel.Name, m.cpus, m.maxCPUs, m.memory, m.maxMemory, diskSize, hotPorts)
+	fmt.Fprintln(h, 2, m.boot.name, m.qemu.path, m.qemu.major, m.qemu.minor, m.qemu.accel.Name, m.cpus, m.maxCPUs, m.memory, m.maxMemory, diskSize, hotPorts, len(m.nics) > 0)
 	if info, err := os.Stat(m.qemu.path); err == nil {
 		fmt.Fprintln(h, info.Size(), info.ModTime().UnixNano())
 	}
@@ -71,6 +73,7 @@ func (d *Driver) template(key string) string {
 
 // prepareTemplate makes a template behind the back of whoever starts the first machine of its shape.
 func (d *Driver) prepareTemplate(key string, s *isolation.Spec) {
+	networked := s.NetNS != ""
 	if d.config.NoTemplates {
 		return
 	}
@@ -92,7 +95,7 @@ func (d *Driver) prepareTemplate(key string, s *isolation.Spec) {
 			t.mu.Unlock()
 		}()
 		start := time.Now()
-		err := d.makeTemplate(t.ctx, key, resources, storage)
+		err := d.makeTemplate(t.ctx, key, resources, storage, networked)
 		if err != nil && t.ctx.Err() == nil {
 			d.config.Log.Warn("template of machines not made, they boot", "error", err)
 		} else if err == nil {
@@ -105,7 +108,7 @@ func (d *Driver) prepareTemplate(key string, s *isolation.Spec) {
 const templatePrefix = "template-"
 
 // makeTemplate boots a machine and saves it.
-func (d *Driver) makeTemplate(ctx context.Context, key string, r container.Resources, storage map[string]string) (err error) {
+func (d *Driver) makeTemplate(ctx context.Context, key string, r container.Resources, storage map[string]string, networked bool) (err error) {
 	id := templatePrefix + key
 	work := filepath.Join(d.runDir(id), "disks")
 	if err := os.MkdirAll(work, 0o711); err != nil {
@@ -116,10 +119,17 @@ func (d *Driver) makeTemplate(ctx context.Context, key string, r container.Resou
 		return err
 	}
 	host := &container.HostConfig{Resources: container.Resources{NanoCPUs: r.NanoCPUs, CPUQuota: r.CPUQuota, CPUPeriod: r.CPUPeriod, Memory: r.Memory}, StorageOpt: storage}
-	// As fast as the host can and beside everything else.
 	s := &isolation.Spec{
 		ID: id, Name: id, Config: &container.Config{}, Host: host, Disk: &isolation.Disk{Lower: lower, Dir: work, Volatile: true},
 		CgroupParent: d.config.CgroupParent, SystemdCgroup: d.config.SystemdCgroup, Log: isolation.LogSpec{Driver: "none"},
+	}
+	if networked {
+		ns, err := strangerNetwork()
+		if err != nil {
+			return errors.Join(err, os.RemoveAll(d.runDir(id)))
+		}
+		defer ns.Close()
+		s.NetNS = fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), ns.Fd())
 	}
 	inst, err := d.create(ctx, s, asTemplate)
 	if err != nil {
@@ -144,6 +154,36 @@ func (d *Driver) makeTemplate(ctx context.Context, key string, r container.Resou
 		return err
 	}
 	return os.Rename(tmp, dir)
+}
+
+// strangerNetwork is a network namespace with an interface that leads nowhere: what a template's device is connected to.
+// It goes when nothing has it open any more.
+func strangerNetwork() (*os.File, error) {
+	type made struct {
+		f   *os.File
+		err error
+	}
+	result := make(chan made, 1)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			result <- made{nil, fmt.Errorf("make a network namespace: %w", err)}
+			return
+		}
+		link := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "eth0"}}
+		err := netlink.LinkAdd(link)
+		if err == nil {
+			err = netlink.LinkSetUp(link)
+		}
+		if err != nil {
+			result <- made{nil, fmt.Errorf("make an interface: %w", err)}
+			return
+		}
+		f, err := os.Open("/proc/thread-self/ns/net")
+		result <- made{f, err}
+	}()
+	r := <-result
+	return r.f, r.err
 }
 
 // lowerSize is the length of all images' disks, see package image.
@@ -325,6 +365,9 @@ func (d *Driver) resumeTemplate(ctx context.Context, id string, nics []nic, shar
 			time.Sleep(2 * time.Millisecond)
 		}
 		for port, n := range nics {
+			if port == 0 {
+				continue // a template's device
+			}
 			if err := m.plugNIC(&n, port); err != nil {
 				return err
 			}

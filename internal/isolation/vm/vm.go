@@ -221,6 +221,8 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 	}()
 	if as == asTemplate {
 		setUp = nil
+	} else if m.incoming && len(setUp.Network.Interfaces) > 0 {
+		setUp.Network.Interfaces[0].Preset = true
 	}
 	spec, err := d.confine(&m, s, user)
 	if err != nil {

@@ -1,4 +1,7 @@
-package agent
+// Package files is dolium-guest-files: it works with the files of the workload's root, and of /proc, from outside of the
+// workload's namespaces. The agent runs it like a process of the workload's; it is a program of its own because its
+// libraries take longer to initialize than everything else a machine needs to start.
+package files
 
 import (
 	"archive/tar"
@@ -21,10 +24,9 @@ import (
 	"dolium/internal/rootfs"
 )
 
-// toolMain works with the root's files from outside of the workload's namespaces: it is run as a process of the host's
-// asking whose program is dolium-guest itself. What is asked are its arguments, what comes of it goes to stdout, an error
-// as JSON of guest.Error to stderr.
-func toolMain(args []string) {
+// Main is the whole program. What is asked are its arguments, what comes of it goes to stdout, an error as JSON of
+// guest.Error to stderr.
+func Main(args []string) {
 	err := tool(args)
 	if err == nil {
 		os.Exit(0)
@@ -41,19 +43,19 @@ func tool(args []string) error {
 	if len(args) == 0 {
 		return fmt.Errorf("nothing asked: %w", errdefs.ErrInvalidArgument)
 	}
-	lowers := []string{lowerDir + "/root"}
+	lowers := []string{guest.LowerDir + "/root"}
 	if _, err := os.Stat(lowers[0]); err != nil {
-		lowers = []string{lowerDir} // an image without layers
+		lowers = []string{guest.LowerDir} // an image without layers
 	}
 	out := bufio.NewWriterSize(os.Stdout, 256<<10)
 	var err error
 	switch args[0] {
 	case guest.ToolChanges:
-		err = overlay.Changes(context.Background(), upperDir+"/fs", lowers, func(c overlay.Change) error {
+		err = overlay.Changes(context.Background(), guest.UpperDir+"/fs", lowers, func(c overlay.Change) error {
 			return json.NewEncoder(out).Encode(c)
 		})
 	case guest.ToolDiff:
-		_, err = overlay.WriteDiff(context.Background(), upperDir+"/fs", lowers, out)
+		_, err = overlay.WriteDiff(context.Background(), guest.UpperDir+"/fs", lowers, out)
 	case guest.ToolExport:
 		err = exportRoot(out)
 	case guest.ToolProcs:
@@ -81,7 +83,7 @@ func exportRoot(out io.Writer) error {
 	if err := os.MkdirAll(at, 0o755); err != nil {
 		return err
 	}
-	if err := unix.Mount(rootDir, at, "", unix.MS_BIND, ""); err != nil {
+	if err := unix.Mount(guest.RootDir, at, "", unix.MS_BIND, ""); err != nil {
 		return err
 	}
 	return archive.WriteDiff(context.Background(), out, "", at)
@@ -108,7 +110,7 @@ func copyTool(args []string, out io.Writer) error {
 		opts = o
 		content = bufio.NewReaderSize(os.Stdin, 256<<10)
 	}
-	if err := unix.Chroot(rootDir); err != nil {
+	if err := unix.Chroot(guest.RootDir); err != nil {
 		return err
 	}
 	if err := unix.Chdir("/"); err != nil {
@@ -145,6 +147,12 @@ func copyTool(args []string, out io.Writer) error {
 	return err
 }
 
+// kind is an error kind that doesn't show in texts.
+type kind struct{ error }
+
+func (kind) Error() string   { return "" }
+func (k kind) Unwrap() error { return k.error }
+
 func withKind(err error) error {
 	if k := rootfs.Kind(err); k != nil {
 		return fmt.Errorf("%w%w", err, kind{k})
@@ -160,7 +168,7 @@ var (
 
 // packProcs writes the workload's part of /proc.
 func packProcs(out io.Writer) error {
-	pids, err := os.ReadFile(workloadCgroup + "/cgroup.procs")
+	pids, err := os.ReadFile(guest.WorkloadCgroup + "/cgroup.procs")
 	if err != nil {
 		return err
 	}
