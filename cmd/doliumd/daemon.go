@@ -98,7 +98,7 @@ func serve(cfg *daemonconf.Config, args []string) error {
 	}
 	defer processes.Close()
 
-	machines, err := vm.New(vm.Config{
+	machines, err := vm.New(ctx, vm.Config{
 		ExecRoot: cfg.ExecRoot, DataRoot: cfg.DataRoot, CgroupParent: cfg.CgroupParent, SystemdCgroup: cfg.SystemdCgroup, Log: log,
 	}, processes.Keeper())
 	if err != nil {

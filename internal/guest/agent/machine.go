@@ -100,6 +100,12 @@ func (a *agent) makeMachine(m *guest.Machine) error {
 			return fmt.Errorf("mount %s: %w", m.Mounts[i].Target, err)
 		}
 	}
+	// While that is possible: the first process mounts on them.
+	for _, dir := range []string{"/proc", "/dev", "/sys"} {
+		if _, err := inRoot(dir, false); err != nil {
+			return err
+		}
+	}
 	if m.ReadOnly {
 		if err := unix.Mount("", guest.RootDir, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, ""); err != nil {
 			return fmt.Errorf("make root read-only: %w", err)

@@ -51,7 +51,7 @@ func wire(path string, uid int) ([]nic, *guest.Network, error) {
 		}
 		for _, l := range links {
 			at := l.Attrs()
-			if at.Flags&net.FlagLoopback != 0 || taps[at.Name] != nil || at.Flags&net.FlagUp == 0 {
+			if at.Flags&net.FlagLoopback != 0 || strings.HasPrefix(at.Name, tapPrefix) || at.Flags&net.FlagUp == 0 {
 				continue
 			}
 			n := nic{tap: fmt.Sprintf("%s%d", tapPrefix, at.Index)}

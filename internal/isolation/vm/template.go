@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"net"
 	"os"
@@ -94,6 +95,9 @@ func (d *Driver) prepareTemplate(key string, s *isolation.Spec) {
 			delete(t.making, key)
 			t.mu.Unlock()
 		}()
+		if d.template(key) != "" {
+			return // made while a machine booted that was to be the first
+		}
 		start := time.Now()
 		err := d.makeTemplate(t.ctx, key, resources, storage, networked)
 		if err != nil && t.ctx.Err() == nil {
@@ -281,7 +285,7 @@ func (d *Driver) memoryPath(id string) string {
 	if err := unix.Statfs(dir, &st); err == nil && st.Type == tmpfs {
 		return filepath.Join(dir, memoryFile)
 	}
-	return filepath.Join("/dev/shm", "dolium-"+id+"."+memoryFile)
+	return filepath.Join("/dev/shm", fmt.Sprintf("dolium-%08x-%s.%s", crc32.ChecksumIEEE([]byte(d.config.ExecRoot)), shortName(id), memoryFile))
 }
 
 // copyData copies what is in a file with holes, leaving the holes.

@@ -68,7 +68,7 @@ type Driver struct {
 }
 
 // New makes a driver that starts machines by the keeper. Nothing of what machines need has to be there yet.
-func New(c Config, k *keeper.Client) (*Driver, error) {
+func New(ctx context.Context, c Config, k *keeper.Client) (*Driver, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
@@ -84,7 +84,41 @@ func New(c Config, k *keeper.Client) (*Driver, error) {
 	d := &Driver{config: c, keeper: k}
 	d.templates.making = map[string]bool{}
 	d.templates.ctx, d.templates.cancel = context.WithCancel(context.Background())
+	if err := d.sweep(ctx); err != nil {
+		return nil, err
+	}
 	return d, d.startFollowing()
+}
+
+// sweep removes what a killed daemon left of machines that were just being made or taken away.
+func (d *Driver) sweep(ctx context.Context) error {
+	states, err := d.keeper.List(ctx)
+	if err != nil {
+		return err
+	}
+	held := map[string]bool{}
+	for _, s := range states {
+		held[s.ID], held[shortName(s.ID)] = true, true
+	}
+	for _, s := range states {
+		if s.Owner == helperOwner && s.Exec == "" && !held[strings.TrimSuffix(s.ID, shareSuffix)] {
+			if err := d.keeper.Delete(ctx, s.Key); err != nil && !errdefs.IsNotFound(err) {
+				return err
+			}
+		}
+	}
+	left, err := os.ReadDir(filepath.Join(d.config.ExecRoot, "vm"))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	for _, e := range left {
+		if !held[e.Name()] {
+			if err := errors.Join(os.RemoveAll(d.memoryPath(e.Name())), os.RemoveAll(d.runDir(e.Name()))); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // beside is a program that is installed with the daemon.
@@ -104,7 +138,23 @@ func beside(name string) string {
 // RootOnDisk implements isolation.DiskRooter.
 func (d *Driver) RootOnDisk() {}
 
-func (d *Driver) runDir(id string) string { return filepath.Join(d.config.ExecRoot, "vm", id) }
+// runDir has what belongs to one run of a machine. Its name is the beginning of the ID, since the paths of sockets have
+// to be short.
+func (d *Driver) runDir(id string) string {
+	return filepath.Join(d.config.ExecRoot, "vm", shortName(id))
+}
+
+func shortName(id string) string {
+	const enough = 16
+	name, suffix, found := strings.Cut(id, ".")
+	if len(name) == 64 {
+		name = name[:enough]
+	}
+	if found {
+		name += "." + suffix
+	}
+	return name
+}
 
 // known is what is kept of a machine below the exec-root for a daemon that didn't start it.
 type known struct {
@@ -294,9 +344,15 @@ func wantedCPUs(r *container.Resources, otherwise int) int {
 	return otherwise
 }
 
+// maxSocketPath is how long the path of a Unix socket may be, see unix(7).
+const maxSocketPath = 107
+
 // makeRunDir makes a machine's directory below the exec-root and gives its files to its user.
 func (d *Driver) makeRunDir(id string, user int, disk string) error {
 	dir := d.runDir(id)
+	if len(filepath.Join(dir, channelSocket)) > maxSocketPath {
+		return fault.New(errdefs.ErrFailedPrecondition, "the exec-root %s is too deep for the sockets of virtual machines: choose a shorter --exec-root", d.config.ExecRoot)
+	}
 	if err := os.MkdirAll(filepath.Join(dir, "root"), 0o711); err != nil {
 		return err
 	}
@@ -625,7 +681,7 @@ func (i *instance) Delete(ctx context.Context) error {
 		return err
 	}
 	i.d.unfollow(i.key.ID)
-	return os.RemoveAll(i.d.runDir(i.key.ID))
+	return errors.Join(os.RemoveAll(i.d.memoryPath(i.key.ID)), os.RemoveAll(i.d.runDir(i.key.ID)))
 }
 
 // Processes implements isolation.Instance: those of the host that make the machine.

@@ -87,6 +87,7 @@ func (m *machines) of(id string) (*machine, error) {
 	if err := readJSON(filepath.Join(p.dir, machineFile), &x.m); err != nil {
 		return nil, err
 	}
+	x.channel = newChannel(x)
 	m.all[id] = x
 	return x, nil
 }
@@ -140,7 +141,6 @@ func (x *machine) connect() {
 		return
 	}
 	x.began = true
-	x.channel = newChannel(x)
 	go x.channel.run()
 	go x.setUp()
 }
@@ -262,9 +262,7 @@ func (x *machine) close() {
 		ids = append(ids, id)
 	}
 	x.mu.Unlock()
-	if c != nil {
-		c.close()
-	}
+	c.close()
 	for _, id := range ids {
 		x.closeEnd(id)
 	}

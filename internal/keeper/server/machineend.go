@@ -360,8 +360,10 @@ func (o *outlet) run() {
 	buf := make([]byte, 64<<10)
 	for {
 		n, err := o.peek(buf)
-		if errors.Is(err, os.ErrClosed) || errors.Is(err, unix.EBADF) {
+		select {
+		case <-o.e.stop:
 			return
+		default:
 		}
 		if err != nil {
 			o.e.p.w.log.Error("input for guest", "process", o.e.p.rec.Key, "error", err)

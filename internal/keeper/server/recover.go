@@ -179,7 +179,14 @@ func (p *proc) readoptRunning() error {
 		}
 		x.old = true
 		// Before anyone reads the streams.
-		if _, err := p.openEnd(x, p.rec.Guest); err != nil {
+		master, err := p.openEnd(x, p.rec.Guest)
+		if err == nil && master >= 0 {
+			// The terminal went with the guard; the one in the guest is still there.
+			p.mu.Lock()
+			err = p.setTerminal(master)
+			p.mu.Unlock()
+		}
+		if err != nil {
 			return err
 		}
 		if p.parent != nil {

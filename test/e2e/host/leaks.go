@@ -112,6 +112,7 @@ func (h *Host) leftovers() []string {
 		filepath.Join(h.DataRoot, "volumes/*/_data"),
 		filepath.Join(h.ExecRoot, "netns/*"),
 		filepath.Join(h.ExecRoot, "rootfs/*"),
+		filepath.Join(h.ExecRoot, "vm/*"),
 		filepath.Join(h.ExecRoot, "keeper/p/*"),
 		filepath.Join(h.ExecRoot, "keeper/rt/*"),
 		filepath.Join(h.ExecRoot, "keeper/reaped/*"),

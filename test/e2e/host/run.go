@@ -18,7 +18,7 @@ import (
 )
 
 // binaries are what `make build` makes.
-var binaries = []string{"dolium", "doliumd", "dolium-keeper"}
+var binaries = []string{"dolium", "doliumd", "dolium-keeper", "dolium-guest", "dolium-guest-files"}
 
 // run is one run of the test program: where its hosts live and what must be taken away at its end.
 type run struct {
@@ -92,6 +92,9 @@ func newRun() (*run, error) {
 		}
 	}
 	if err := os.Symlink(filepath.Join(from, "cli-plugins"), filepath.Join(r.bin, "cli-plugins")); err != nil {
+		return nil, err
+	}
+	if err := os.Symlink(filepath.Join(from, "kernels"), filepath.Join(r.bin, "kernels")); err != nil {
 		return nil, err
 	}
 	if r.docker, err = dockerCLI(root); err != nil {
