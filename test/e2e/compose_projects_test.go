@@ -225,7 +225,16 @@ networks: {front: {}, back: {internal: true}}
 		p.ok("run", "--rm", "-v", "p_kept:/k", "busybox", "test", "-e", "/k/stopped")
 	}},
 	{name: "gpus", files: file("services:\n  a:\n    " + sleeper + "    gpus: all\n"), fails: "could not select device driver"},
-	{name: "isolation vm", files: file("services:\n  a:\n    " + sleeper + "    isolation: vm\n"), fails: `invalid isolation "vm"`},
+	{name: "an isolation that there isn't", files: file("services:\n  a:\n    " + sleeper + "    isolation: hyperv\n"), fails: `invalid isolation "hyperv"`},
+	{name: "a machine beside a container", files: file("services:\n  a:\n    " + sleeper + "    isolation: vm\n    volumes: [data:/data]\n  b:\n    " + sleeper + "    volumes: [data:/data]\nvolumes: {data: {}}\n"), check: func(t *testing.T, p *project) {
+		p.ok("compose", "exec", "-T", "a", "ping", "-c", "1", "b")
+		p.ok("compose", "exec", "-T", "b", "ping", "-c", "1", "a")
+		p.ok("compose", "exec", "-T", "a", "sh", "-c", "uname -r > /data/kernel")
+		kernel := p.ok("compose", "exec", "-T", "b", "cat", "/data/kernel")
+		if own := p.ok("compose", "exec", "-T", "b", "uname", "-r"); own == kernel {
+			t.Errorf("both have the kernel %s", own)
+		}
+	}},
 	{name: "a mistake", files: file("services:\n  a:\n    imgae: busybox\n"), fails: "services.a.imgae"},
 	{name: "a port in use", files: file("services:\n  a:\n    " + sleeper + "    ports: [\"8089:80\"]\n  b:\n    " + sleeper + "    ports: [\"8089:80\"]\n    depends_on: [a]\n"), fails: "port is already allocated"},
 	{name: "changes", files: file("services:\n  a:\n    " + sleeper + "  b:\n    " + sleeper), check: func(t *testing.T, p *project) {

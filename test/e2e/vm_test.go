@@ -292,3 +292,34 @@ func TestVirtualMachinesOutliveDaemonAndKeeper(t *testing.T) {
 	d.OK("exec", "mach", "true")
 	d.OK("rm", "-f", "mach", "ending", "terminal")
 }
+
+func TestTheVotingAppHasItsDatabaseInAVirtualMachine(t *testing.T) {
+	t.Parallel()
+	h, d := hub(t, lectureImages(t, "redis", "postgres", "voting-app", "result-app", "worker"))
+	dir := t.TempDir()
+	composefile := `services:
+  redis: {image: redis}
+  db:
+    image: postgres:9.4
+    isolation: vm
+    volumes: ["db:/var/lib/postgresql/data"]
+  vote: {image: voting-app, ports: ["5000:80"]}
+  worker: {image: worker}
+  result: {image: result-app, ports: ["5001:80"]}
+volumes: {db: {}}
+`
+	if err := os.WriteFile(filepath.Join(dir, "compose.yaml"), []byte(composefile), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	compose := d.Program(filepath.Join(host.Bin(), "dolium"))
+	up := func(args ...string) string {
+		return compose.OK(append([]string{"compose", "-p", "p", "-f", filepath.Join(dir, "compose.yaml")}, args...)...)
+	}
+	up("up", "-d")
+	voteAll(t, h, 50)
+	if got := d.Inspect("p-db-1", "{{.HostConfig.Isolation}}"); got != "vm" {
+		t.Errorf("the database's isolation is %q", got)
+	}
+	up("down", "-v", "-t", "30")
+	nothingLeft(t, d)
+}
