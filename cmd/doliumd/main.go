@@ -9,11 +9,16 @@ import (
 	"os"
 
 	"dolium/internal/daemonconf"
+	"dolium/internal/isolation/vm/kvmprobe"
 
 	"github.com/spf13/pflag"
 )
 
 func main() {
+	if os.Args[0] == kvmprobe.Name {
+		kvmprobe.Main()
+		return
+	}
 	if err := run(os.Args, os.Stdout); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)

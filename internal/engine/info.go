@@ -25,6 +25,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"dolium/internal/image"
+	"dolium/internal/isolation"
 	"dolium/internal/logs"
 )
 
@@ -73,6 +74,11 @@ func (e *Engine) Info(ctx context.Context) (*system.Info, error) {
 	}
 	for name, rt := range e.cfg.Runtimes {
 		info.Runtimes[name] = system.RuntimeWithStatus{Runtime: system.Runtime{Path: rt.Path, Args: slices.Clone(rt.Args)}}
+	}
+	for _, d := range e.drivers {
+		if d, ok := d.(isolation.Describer); ok {
+			info.DriverStatus = append(info.DriverStatus, d.Describe(ctx)...)
+		}
 	}
 	for _, v := range e.views() {
 		info.Containers++

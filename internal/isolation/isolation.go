@@ -100,6 +100,11 @@ type Warmer interface {
 	Warm()
 }
 
+// Describer is the role of drivers that have something to say in `docker info`: titles and texts.
+type Describer interface {
+	Describe(ctx context.Context) [][2]string
+}
+
 // DiskRooter is the role of drivers whose workloads have their root on disks of their own: they get Spec.Disk, and
 // nothing is mounted on the host.
 type DiskRooter interface {

@@ -33,9 +33,7 @@ func Main() {
 	case mode == modeInit && len(os.Args) > 2:
 		initMain(os.Args[2:])
 	case os.Getpid() == 1:
-		if err := serve(); err != nil {
-			complain("%v", err)
-		}
+		complain("%v", serve())
 		powerOff()
 	default:
 		fmt.Fprintln(os.Stderr, "dolium-guest is the first process of Dolium's virtual machines; it has no use elsewhere")

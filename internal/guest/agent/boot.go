@@ -27,7 +27,7 @@ var bootMounts = []mountPoint{
 	{fstype: "cgroup2", target: "/sys/fs/cgroup", flags: unix.MS_NOSUID | unix.MS_NOEXEC | unix.MS_NODEV},
 }
 
-// serve boots and then does what the host asks, until it asks for the end.
+// serve boots and then does what the host asks, until the machine ends; it returns why it couldn't.
 func serve() error {
 	for _, m := range bootMounts {
 		if err := os.MkdirAll(m.target, 0o755); err != nil {

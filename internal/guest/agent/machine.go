@@ -468,30 +468,38 @@ func quiet() error {
 	return os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0)
 }
 
-// onlineCPUs brings CPUs online or takes them off until there are n, as far as the machine has so many.
+// onlineCPUs brings CPUs online, or takes them off, until there are n. CPUs that are being plugged in take a moment.
 func onlineCPUs(n int) error {
-	cpus, err := filepath.Glob("/sys/devices/system/cpu/cpu[0-9]*")
-	if err != nil {
-		return err
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		cpus, err := filepath.Glob("/sys/devices/system/cpu/cpu[0-9]*")
+		if err != nil {
+			return err
+		}
+		if len(cpus) >= n {
+			return setOnline(cpus, n)
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("the machine has %d CPUs: %w", len(cpus), errdefs.ErrFailedPrecondition)
+		}
 	}
+}
+
+// setOnline makes the first n CPUs those that are online.
+func setOnline(cpus []string, n int) error {
 	slices.SortFunc(cpus, func(a, b string) int {
 		x, _ := strconv.Atoi(strings.TrimPrefix(filepath.Base(a), "cpu"))
 		y, _ := strconv.Atoi(strings.TrimPrefix(filepath.Base(b), "cpu"))
 		return x - y
 	})
-	online := 0
-	for _, c := range cpus {
+	for i, c := range cpus {
 		path := filepath.Join(c, "online")
 		state, err := os.ReadFile(path)
 		if errors.Is(err, os.ErrNotExist) {
-			online++ // the first can't be taken off
-			continue
+			continue // the first can't be taken off
 		}
-		want := "1"
-		if online >= n {
-			want = "0"
-		} else {
-			online++
+		want := "0"
+		if i < n {
+			want = "1"
 		}
 		if err == nil && strings.TrimSpace(string(state)) != want {
 			err = os.WriteFile(path, []byte(want), 0)

@@ -11,6 +11,7 @@ import (
 	"sync"
 
 	"dolium/internal/fault"
+	"dolium/internal/isolation/vm/kvmprobe"
 
 	"github.com/containerd/errdefs"
 )
@@ -84,7 +85,7 @@ func (f *finder) probe(ctx context.Context) Accelerator {
 		return *f.accel
 	}
 	a := Accelerator{Name: "kvm", Why: "a small guest ran under /dev/kvm"}
-	if err := probeKVM(ctx); errors.Is(err, os.ErrNotExist) {
+	if err := kvmprobe.Run(ctx); errors.Is(err, os.ErrNotExist) {
 		a = Accelerator{Name: "tcg", Why: "there is no /dev/kvm"}
 	} else if err != nil {
 		a = Accelerator{Name: "tcg", Why: fmt.Sprintf("/dev/kvm doesn't run guests here (%v)", err)}
@@ -93,9 +94,21 @@ func (f *finder) probe(ctx context.Context) Accelerator {
 	return a
 }
 
-// Accelerator is what guests run on here; probed at the first call.
-func (d *Driver) Accelerator(ctx context.Context) Accelerator {
+// Describe says for `docker info` what virtual machines run on.
+func (d *Driver) Describe(ctx context.Context) [][2]string {
 	d.finder.mu.Lock()
-	defer d.finder.mu.Unlock()
-	return d.finder.probe(ctx)
+	a := d.finder.probe(ctx)
+	d.finder.mu.Unlock()
+	out := [][2]string{{"Virtual machines by", a.Name + " (" + a.Type() + "; " + a.Why + ")"}}
+	if q, err := d.finder.find(ctx); err != nil {
+		out = append(out, [2]string{"Hypervisor", err.Error()})
+	} else {
+		out = append(out, [2]string{"Hypervisor", fmt.Sprintf("QEMU %d.%d", q.major, q.minor)})
+	}
+	if k, err := d.kernel(); err != nil {
+		out = append(out, [2]string{"Guest kernel", err.Error()})
+	} else {
+		out = append(out, [2]string{"Guest kernel", k.Name})
+	}
+	return out
 }

@@ -24,6 +24,13 @@ const (
 // hotPorts is how many devices can be plugged into a running machine.
 const hotPorts = 8
 
+// Which port is for what: the last for the share of directories, the one before for more memory, the rest for networks.
+const (
+	sharePort  = hotPorts - 1
+	memoryPort = hotPorts - 2
+	nicPorts   = hotPorts - 2
+)
+
 // shape is how large a machine is, and what it has.
 type shape struct {
 	cpus, maxCPUs     int
@@ -128,7 +135,7 @@ func (m *machine) args() []string {
 	add("-device", "virtio-rng-pci,rng=rng,addr=7")
 	if m.share && !m.incoming {
 		add("-chardev", "socket,id=share,path=%s", filepath.Join(m.dir, shareSocket))
-		add("-device", "vhost-user-fs-pci,chardev=share,tag=%s,queue-size=1024,bus=port%d", shareTag, hotPorts-1)
+		add("-device", "vhost-user-fs-pci,chardev=share,tag=%s,queue-size=1024,bus=port%d", shareTag, sharePort)
 	}
 	return a
 }
@@ -140,7 +147,7 @@ func portAddr(i int) string { return "10." + strconv.Itoa(i) }
 func (m *machine) commandLine() string {
 	words := []string{
 		"console=ttyS0", "quiet", "loglevel=4", "panic=-1", "reboot=t", "rdinit=/init", "random.trust_cpu=on",
-		"memhp_default_state=online", "8250.nr_uarts=1", "cryptomgr.notests", "audit=0", "rcupdate.rcu_expedited=1",
+		"memhp_default_state=online_movable", "8250.nr_uarts=1", "cryptomgr.notests", "audit=0", "rcupdate.rcu_expedited=1",
 	}
 	if m.qemu.accel.Name == "tcg" {
 		// Nothing here is executed speculatively by the hardware, and the clock can't be calibrated.

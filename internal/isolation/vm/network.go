@@ -60,8 +60,8 @@ func (i *instance) NetworkChanged(ctx context.Context) error {
 			for used[port] {
 				port++
 			}
-			if port >= hotPorts {
-				return fault.New(errdefs.ErrInvalidArgument, "a virtual machine can be on %d networks", hotPorts)
+			if port >= nicPorts {
+				return invalid("a virtual machine can be on %d networks", nicPorts)
 			}
 			if err := m.plugNIC(&n, port); err != nil {
 				return err

@@ -48,7 +48,7 @@ func openMonitor(ctx context.Context, path string) (*monitor, error) {
 		}
 	}
 	m := &monitor{conn: conn, dec: json.NewDecoder(bufio.NewReader(conn))}
-	_ = conn.SetDeadline(time.Now().Add(30 * time.Second)) // never fails on a socket
+	m.patient()
 	var greeting struct {
 		QMP json.RawMessage
 	}
@@ -65,6 +65,9 @@ func openMonitor(ctx context.Context, path string) (*monitor, error) {
 
 func (m *monitor) close() { m.conn.Close() }
 
+// patient gives QEMU time for the next command.
+func (m *monitor) patient() { _ = m.conn.SetDeadline(time.Now().Add(30 * time.Second)) } // never fails on a socket
+
 // run executes one command and decodes what it returns, if result isn't nil. Events are passed over.
 func (m *monitor) run(command string, arguments, result any) error {
 	q := map[string]any{"execute": command}
@@ -75,6 +78,7 @@ func (m *monitor) run(command string, arguments, result any) error {
 	if err != nil {
 		return err
 	}
+	m.patient()
 	if _, err := m.conn.Write(append(b, '\n')); err != nil {
 		return fmt.Errorf("machine's monitor: %s: %w", command, err)
 	}

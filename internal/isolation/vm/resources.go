@@ -1,13 +1,22 @@
 package vm
 
 import (
+	"cmp"
 	"context"
+	"errors"
+	"fmt"
+	"maps"
 	"runtime"
+	"slices"
+	"strings"
 	"time"
+
+	"dolium/internal/fault"
 
 	"dolium/internal/guest"
 	"dolium/internal/isolation/process"
 
+	"github.com/containerd/errdefs"
 	"github.com/docker/go-units"
 	"github.com/moby/moby/api/types/container"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -46,17 +55,223 @@ func diskSize(h *container.HostConfig) int64 {
 	return defaultDiskSize
 }
 
-// Update implements isolation.Instance.
+// Update implements isolation.Instance: CPUs and memory are plugged into the running machine or taken out of it, the rest
+// is for QEMU's control group.
 func (i *instance) Update(ctx context.Context, r container.Resources) error {
-	k, err := i.d.recall(i.key.ID)
+	d := i.d
+	k, err := d.recall(i.key.ID)
 	if err != nil {
 		return err
 	}
-	l, err := limits(&r, k.Memory)
+	cpus, memory := wantedCPUs(&r, d.config.CPUs), d.config.Memory
+	if r.Memory > 0 {
+		memory = r.Memory
+	}
+	memory = (memory + 1<<21 - 1) &^ (1<<21 - 1)
+	switch {
+	case memory < minMemory:
+		return invalid("a virtual machine needs at least %d MB of memory", minMemory>>20)
+	case memory > k.MaxMemory:
+		return invalid("a running virtual machine can have %d MB of memory at most on this host", k.MaxMemory>>20)
+	case cpus > k.Max:
+		return invalid("a running virtual machine can have %d CPUs at most on this host", k.Max)
+	}
+	// More for QEMU before the guest gets more, less after it has given it back.
+	most, err := limits(&r, max(memory, k.Memory))
 	if err != nil {
 		return err
 	}
-	return i.d.keeper.Update(ctx, i.key.ID, l)
+	if err := d.keeper.Update(ctx, i.key.ID, most); err != nil {
+		return err
+	}
+	if cpus != k.CPUs {
+		if err := i.setCPUs(ctx, k.CPUs, cpus); err != nil {
+			return fmt.Errorf("change the machine's CPUs from %d to %d: %w", k.CPUs, cpus, err)
+		}
+		k.CPUs = cpus
+		if err := d.remember(i.key.ID, k); err != nil {
+			return err
+		}
+	}
+	if memory != k.Memory {
+		if err := i.setMemory(ctx, k, memory); err != nil {
+			return fmt.Errorf("change the machine's memory to %d MB: %w", memory>>20, err)
+		}
+		k.Memory = memory
+		if err := d.remember(i.key.ID, k); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// cpuSlot is a place for a CPU.
+type cpuSlot struct {
+	Type  string         `json:"type"`
+	Props map[string]any `json:"props"`
+	Path  string         `json:"qom-path"` // of the CPU in it
+}
+
+// setCPUs plugs CPUs in or out. The first ones came with the machine and stay; the guest brings them online or takes
+// them off itself.
+func (i *instance) setCPUs(ctx context.Context, from, to int) error {
+	tell := func() error {
+		_, err := i.d.keeper.Guest(ctx, i.key.ID, &guest.RequestBody{Op: guest.OpCPUs, CPUs: to})
+		return err
+	}
+	if to < from {
+		// Off first: the machine takes out what the guest doesn't use.
+		if err := tell(); err != nil {
+			return err
+		}
+	}
+	err := i.d.monitored(ctx, i.key.ID, func(m *monitor) error {
+		var slots []cpuSlot
+		if err := m.run("query-hotpluggable-cpus", nil, &slots); err != nil {
+			return err
+		}
+		slices.SortFunc(slots, func(a, b cpuSlot) int { return cmp.Compare(slotNumber(a), slotNumber(b)) })
+		there := 0
+		for _, s := range slots {
+			if s.Path != "" {
+				there++
+			}
+		}
+		for _, s := range slots {
+			if there >= to {
+				break
+			}
+			if s.Path != "" {
+				continue
+			}
+			arguments := maps.Clone(s.Props)
+			arguments["driver"], arguments["id"] = s.Type, fmt.Sprintf("cpu-%d", slotNumber(s))
+			if err := m.run("device_add", arguments, nil); err != nil {
+				return err
+			}
+			there++
+		}
+		for _, s := range slices.Backward(slots) {
+			id, plugged := strings.CutPrefix(s.Path, "/machine/peripheral/")
+			if there <= to || !plugged {
+				continue // those that the machine was made with can't be taken out; the guest leaves them off
+			}
+			if err := m.unplug(id); err != nil {
+				return err
+			}
+			there--
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if to > from {
+		return tell()
+	}
+	return nil
+}
+
+func slotNumber(s cpuSlot) int {
+	n, _ := s.Props["socket-id"].(float64) // of JSON
+	return int(n)
+}
+
+// setMemory gives the guest more memory by a virtio-mem device, which is plugged in the first time, or takes what it was
+// made with by its balloon.
+func (i *instance) setMemory(ctx context.Context, k *known, to int64) error {
+	return i.d.monitored(ctx, i.key.ID, func(m *monitor) error {
+		more := (max(to-k.Base, 0) + extraBlock - 1) / extraBlock * extraBlock
+		if more > 0 && !k.Extra {
+			size := (k.MaxMemory - k.Base) / extraBlock * extraBlock
+			err := m.run("object-add", map[string]any{"qom-type": "memory-backend-memfd", "id": "extra", "size": size, "share": true, "reserve": false}, nil)
+			if err != nil {
+				return err
+			}
+			err = m.run("device_add", map[string]any{
+				"driver": "virtio-mem-pci", "id": "extra-memory", "memdev": "extra", "requested-size": more, "block-size": extraBlock, "bus": fmt.Sprintf("port%d", memoryPort),
+			}, nil)
+			if err != nil {
+				return errors.Join(err, m.run("object-del", map[string]any{"id": "extra"}, nil))
+			}
+			k.Extra = true
+			if err := i.d.remember(i.key.ID, k); err != nil {
+				return err
+			}
+		}
+		if k.Extra {
+			if err := m.run("qom-set", map[string]any{"path": "/machine/peripheral/extra-memory", "property": "requested-size", "value": more}, nil); err != nil {
+				return err
+			}
+		}
+		// What the guest didn't let go of the balloon takes from the rest, which is all that it speaks of.
+		extra, err := m.settleExtra(more)
+		if err != nil {
+			return err
+		}
+		rest := min(to-extra, k.Base)
+		if rest < minMemory {
+			return fault.New(errdefs.ErrUnavailable, "the guest has not followed within %s: it has %d MB", extraPatience, (k.Base+extra)>>20)
+		}
+		if rest < k.Base || k.Memory < k.Base {
+			if err := m.run("balloon", map[string]any{"value": rest}, nil); err != nil {
+				return err
+			}
+		}
+		return m.settleBalloon(rest)
+	})
+}
+
+// extraBlock is how much of the memory device is plugged or unplugged at a time, in bytes: large enough for a guest to
+// give back a gigabyte in some seconds.
+const extraBlock = 64 << 20
+
+// How long a guest may take to take memory, or to give it back.
+const (
+	extraPatience   = 30 * time.Second
+	balloonPatience = 30 * time.Second
+)
+
+// settleExtra waits until the guest has as much of the memory device as it was asked to, or a while, and returns that.
+func (m *monitor) settleExtra(want int64) (int64, error) {
+	for deadline := time.Now().Add(extraPatience); ; time.Sleep(20 * time.Millisecond) {
+		extra := int64(0)
+		var devices []struct {
+			Data struct {
+				ID   string `json:"id"`
+				Size int64  `json:"size"`
+			} `json:"data"`
+		}
+		if err := m.run("query-memory-devices", nil, &devices); err != nil {
+			return 0, err
+		}
+		for _, d := range devices {
+			if d.Data.ID == "extra-memory" {
+				extra = d.Data.Size
+			}
+		}
+		if extra == want || time.Now().After(deadline) {
+			return extra, nil
+		}
+	}
+}
+
+// settleBalloon waits until the guest has the memory that it is to have; one that needs what it has doesn't follow.
+func (m *monitor) settleBalloon(to int64) error {
+	for deadline := time.Now().Add(balloonPatience); ; time.Sleep(20 * time.Millisecond) {
+		var info struct {
+			Actual int64 `json:"actual"`
+		}
+		if err := m.run("query-balloon", nil, &info); err != nil {
+			return err
+		}
+		if off := info.Actual - to; off > -4<<20 && off < 4<<20 {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fault.New(errdefs.ErrUnavailable, "the guest has not followed within %s: it has %d MB", balloonPatience, info.Actual>>20)
+		}
+	}
 }
 
 // statsPatience is how long a guest may take for its figures: one that stands still has none.

@@ -388,7 +388,7 @@ func (d *Driver) resumeTemplate(ctx context.Context, id string, nics []nic, shar
 			return err
 		}
 		return m.run("device_add", map[string]any{
-			"driver": "vhost-user-fs-pci", "id": "fs", "chardev": "share", "tag": shareTag, "queue-size": 1024, "bus": fmt.Sprintf("port%d", hotPorts-1),
+			"driver": "vhost-user-fs-pci", "id": "fs", "chardev": "share", "tag": shareTag, "queue-size": 1024, "bus": fmt.Sprintf("port%d", sharePort),
 		}, nil)
 	})
 }

@@ -158,13 +158,18 @@ func shortName(id string) string {
 
 // known is what is kept of a machine below the exec-root for a daemon that didn't start it.
 type known struct {
-	NetNS   string        `json:"netns,omitempty"`
-	User    int           `json:"user"`
-	CPUs    int           `json:"cpus"`
-	Max     int           `json:"maxCPUs"`
-	Memory  int64         `json:"memory"`
-	Process guest.Process `json:"process"` // what execs take over
-	Managed []managed     `json:"managed,omitempty"`
+	NetNS  string `json:"netns,omitempty"`
+	User   int    `json:"user"`
+	CPUs   int    `json:"cpus"`
+	Max    int    `json:"maxCPUs"`
+	Memory int64  `json:"memory"`
+	// Base is the memory that the machine was made with, MaxMemory what it can get; Extra says that the device for more
+	// is there.
+	Base      int64         `json:"base"`
+	MaxMemory int64         `json:"maxMemory"`
+	Extra     bool          `json:"extra,omitempty"`
+	Process   guest.Process `json:"process"` // what execs take over
+	Managed   []managed     `json:"managed,omitempty"`
 	// NICs are the ports that taps are plugged into.
 	NICs map[string]int `json:"nics,omitempty"`
 	DNS  bool           `json:"dns,omitempty"`
@@ -279,14 +284,14 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 		return nil, err
 	}
 	k := &known{
-		NetNS: s.NetNS, User: user, CPUs: m.cpus, Max: m.maxCPUs, Memory: m.memory, Process: inherited(first), Managed: files,
+		NetNS: s.NetNS, User: user, CPUs: m.cpus, Max: m.maxCPUs, Memory: m.memory, Base: m.memory, MaxMemory: m.maxMemory, Process: inherited(first), Managed: files,
 		NICs: map[string]int{}, DNS: network.DNS,
 	}
 	for i, n := range m.nics {
 		k.NICs[n.tap] = i
 	}
-	if len(m.nics) > hotPorts {
-		return nil, fault.New(errdefs.ErrInvalidArgument, "a virtual machine can be on %d networks, not on %d", hotPorts, len(m.nics))
+	if len(m.nics) > nicPorts {
+		return nil, invalid("a virtual machine can be on %d networks, not on %d", nicPorts, len(m.nics))
 	}
 	if err := d.remember(s.ID, k); err != nil {
 		return nil, err

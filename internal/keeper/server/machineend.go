@@ -255,12 +255,11 @@ type outlet struct {
 	socket bool
 	note   *os.File // how much the guest has got; on disk for the next worker
 
-	mu     sync.Mutex
-	taken  int64 // position of the first byte in the pipe
-	told   int64 // the guest has got all before it
-	acked  chan struct{}
-	again  chan struct{}
-	hasAll int64 // of an earlier conversation
+	mu    sync.Mutex
+	taken int64 // position of the first byte in the pipe
+	told  int64 // the guest has got all before it
+	acked chan struct{}
+	again chan struct{}
 }
 
 // open reads how far an earlier worker came.
