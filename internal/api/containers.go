@@ -3,12 +3,12 @@ package api
 import (
 	"context"
 	"net/http"
+	"strings"
 
 	"dolium/internal/engine"
-	"dolium/internal/fault"
 	"dolium/internal/filters"
 
-	"github.com/containerd/errdefs"
+	"github.com/moby/moby/api/types/checkpoint"
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/network"
 )
@@ -17,6 +17,13 @@ import (
 type containerEngine interface {
 	ContainerCreate(context.Context, engine.CreateOptions) (container.CreateResponse, error)
 	ContainerStart(ctx context.Context, ref string) error
+	ContainerStartFrom(ctx context.Context, ref, checkpointDir, checkpoint string) error
+	CheckpointCreate(ctx context.Context, ref string, req checkpoint.CreateRequest) error
+	CheckpointList(ctx context.Context, ref, dir string) ([]checkpoint.Summary, error)
+	CheckpointDelete(ctx context.Context, ref, dir, name string) error
+	ContainerSuspend(ctx context.Context, ref string) error
+	ContainerResume(ctx context.Context, ref string) error
+	ContainerClone(ctx context.Context, ref, name string) (id string, err error)
 	ContainerStop(ctx context.Context, ref string, opts engine.StopOptions) error
 	ContainerRestart(ctx context.Context, ref string, opts engine.StopOptions) error
 	ContainerKill(ctx context.Context, ref, signal string) error
@@ -54,6 +61,11 @@ func (a containerAPI) routes() []route {
 		{"POST", "/containers/{name}/rename", a.rename},
 		{"POST", "/containers/{name}/update", a.update},
 		{"POST", "/containers/{name}/ports", a.updatePorts},
+		{"GET", "/containers/{name}/checkpoints", a.checkpoints},
+		{"POST", "/containers/{name}/checkpoints", a.checkpoint},
+		{"POST", "/containers/{name}/suspend", a.suspend},
+		{"POST", "/containers/{name}/resume", a.resume},
+		{"POST", "/containers/{name}/clone", a.clone},
 		{"POST", "/containers/{name}/resize", a.resize},
 		{"DELETE", "/containers/{name}", a.remove},
 		{"POST", "/commit", a.commit},
@@ -177,8 +189,8 @@ func (a containerAPI) start(w http.ResponseWriter, r *request) error {
 	if r.ContentLength > 7 || r.ContentLength == -1 {
 		return badRequest("starting container with non-empty request body was deprecated since API v1.22 and removed in v1.24")
 	}
-	if r.query.Get("checkpoint") != "" {
-		return fault.New(errdefs.ErrNotImplemented, "starting from a checkpoint is not supported by Dolium yet")
+	if name := r.query.Get("checkpoint"); name != "" {
+		return noContent(w, a.engine.ContainerStartFrom(r.Context(), r.name, r.query.Get("checkpoint-dir"), name))
 	}
 	return noContent(w, a.engine.ContainerStart(r.Context(), r.name))
 }
@@ -228,6 +240,9 @@ func (a containerAPI) rename(w http.ResponseWriter, r *request) error {
 }
 
 func (a containerAPI) remove(w http.ResponseWriter, r *request) error {
+	if strings.Contains(r.name, "/checkpoints/") {
+		return a.removeCheckpoint(w, r)
+	}
 	return noContent(w, a.engine.ContainerRemove(r.orders(), r.name, engine.RemoveOptions{
 		Force: r.bool("force"), Volumes: r.bool("v"), Link: r.bool("link"),
 	}))

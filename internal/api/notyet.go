@@ -62,15 +62,9 @@ var notYet = []struct{ method, path, area string }{
 	{"POST", "/plugins/{name}/set", "plugins"},
 }
 
-// notYetUnlisted are operations that clients know although swagger.yaml doesn't list them.
-var notYetUnlisted = []struct{ method, path, area string }{
-	{"GET", "/containers/{name}/checkpoints", "checkpoints"},
-	{"POST", "/containers/{name}/checkpoints", "checkpoints"},
-}
-
 func notYetRoutes() []route {
 	var routes []route
-	for _, op := range append(notYet[:len(notYet):len(notYet)], notYetUnlisted...) {
+	for _, op := range notYet {
 		routes = append(routes, route{op.method, op.path, func(http.ResponseWriter, *request) error {
 			return fault.New(errdefs.ErrNotImplemented, "%s is not supported by Dolium yet", op.area)
 		}})

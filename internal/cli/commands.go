@@ -36,7 +36,7 @@ func dockerCommands() []func(command.Cli) *cobra.Command
 // addCommands adds the command called name to root, or, when none is, all of them.
 func addCommands(root *cobra.Command, dockerCLI command.Cli, name string) {
 	var all []*cobra.Command
-	for _, construct := range append(slices.Clone(dockerCommands()), stackCommand) {
+	for _, construct := range slices.Concat(dockerCommands(), ownCommands(), []func(command.Cli) *cobra.Command{stackCommand}) {
 		cmd := construct(dockerCLI)
 		if cmd.Name() == name || slices.Contains(cmd.Aliases, name) {
 			root.AddCommand(cmd)

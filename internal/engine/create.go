@@ -19,6 +19,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"dolium/internal/image"
+	"dolium/internal/isolation"
 	"dolium/internal/logs"
 )
 
@@ -97,7 +98,13 @@ func (e *Engine) ContainerCreate(ctx context.Context, o CreateOptions) (containe
 		return none, err
 	}
 	u.add(func() { e.images.RemoveLayer(context.WithoutCancel(ctx), id) })
-	if err := e.images.CreateLayer(ctx, id, img, image.LayerOptions{StorageOpt: o.HostConfig.StorageOpt, Volatile: o.HostConfig.AutoRemove}); err != nil {
+	layer := image.LayerOptions{StorageOpt: o.HostConfig.StorageOpt, Volatile: o.HostConfig.AutoRemove}
+	if d, err := e.driver(o.HostConfig.Isolation); err == nil {
+		if _, own := d.(isolation.DiskRooter); own {
+			layer.StorageOpt = nil // its disk has that size
+		}
+	}
+	if err := e.images.CreateLayer(ctx, id, img, layer); err != nil {
 		return none, fmt.Errorf("create container %s: %w", name, err)
 	}
 	if err := e.acquireMounts(ctx, &c.rec, &u); err != nil {

@@ -18,6 +18,11 @@ import (
 // ContainerStart runs a container. Errors: ErrNotFound, ErrNotModified when it runs already, ErrConflict when it is being
 // removed, ErrInvalidArgument when its program can't be executed; after an error nothing of the attempt is left.
 func (e *Engine) ContainerStart(ctx context.Context, ref string) error {
+	return e.startFrom(ctx, ref, "")
+}
+
+// startFrom is ContainerStart; with the directory of a checkpoint the container goes on from there.
+func (e *Engine) startFrom(ctx context.Context, ref, restore string) error {
 	c, err := e.lookup(ref)
 	if err != nil {
 		return err
@@ -36,7 +41,7 @@ func (e *Engine) ContainerStart(ctx context.Context, ref string) error {
 		return errNotModified
 	}
 	// A start must complete or be undone, whether or not the client stays.
-	err = e.start(context.WithoutCancel(ctx), c)
+	err = e.startRestored(context.WithoutCancel(ctx), c, restore)
 	if err != nil && c.rec.HostConfig.AutoRemove {
 		if rerr := e.remove(context.WithoutCancel(ctx), c, RemoveOptions{Volumes: true}); rerr != nil {
 			e.log.Warn("container that failed to start is left", "container", c.ID(), "error", rerr)
@@ -46,7 +51,9 @@ func (e *Engine) ContainerStart(ctx context.Context, ref string) error {
 }
 
 // start runs a container that isn't running. Call with life held.
-func (e *Engine) start(ctx context.Context, c *Container) error {
+func (e *Engine) start(ctx context.Context, c *Container) error { return e.startRestored(ctx, c, "") }
+
+func (e *Engine) startRestored(ctx context.Context, c *Container, restore string) error {
 	rec, _ := c.snapshot()
 	c.mu.Lock()
 	removed := c.removed
@@ -54,7 +61,7 @@ func (e *Engine) start(ctx context.Context, c *Container) error {
 	if removed {
 		return wrongState("container is marked for removal and cannot be started")
 	}
-	r, err := e.launch(ctx, c, &rec)
+	r, err := e.launch(ctx, c, &rec, restore)
 	if err != nil {
 		c.refuseStreams()
 		return e.startFailed(c, err)
@@ -80,10 +87,16 @@ func (e *Engine) start(ctx context.Context, c *Container) error {
 }
 
 // launch takes the steps of a start, each with its undo.
-func (e *Engine) launch(ctx context.Context, c *Container, rec *record) (_ *run, err error) {
+func (e *Engine) launch(ctx context.Context, c *Container, rec *record, restore string) (_ *run, err error) {
 	driver, err := e.driver(rec.HostConfig.Isolation)
 	if err != nil {
 		return nil, err
+	}
+	if restore == "" {
+		// What was suspended can't be resumed after the disk was written to.
+		if err := os.RemoveAll(e.suspendedDir(rec.ID)); err != nil {
+			return nil, err
+		}
 	}
 	e.warm(rec.HostConfig.Isolation)
 	var u undo
@@ -118,6 +131,7 @@ func (e *Engine) launch(ctx context.Context, c *Container, rec *record) (_ *run,
 	if err != nil {
 		return nil, err
 	}
+	spec.Restore = restore
 	// Written before anything runs: should the daemon die from here on, the next one knows what to look for.
 	u.add(func() { os.Remove(e.runFile(rec.ID)) })
 	if err := e.saveRun(rec.ID, r); err != nil {

@@ -201,8 +201,11 @@ type WelcomeBody struct {
 type ProcessState struct {
 	// PID in the guest.
 	PID int `json:"pid,omitempty"`
-	// In is the position in bytes up to which stdin was received.
-	In int64 `json:"in"`
+	// In is the position in bytes up to which stdin was received; Out and Err are those of the first byte of output that
+	// wasn't acknowledged.
+	In  int64 `json:"in"`
+	Out int64 `json:"out"`
+	Err int64 `json:"err"`
 }
 
 // ExitBody is how a process ended.
@@ -229,6 +232,7 @@ type RequestBody struct {
 // Operations. Those about a process have its ID in Process.
 const (
 	OpSetUp   = "setup"   // Machine: mount the root and the rest, once
+	OpResume  = "resume"  // Machine: be another machine than the one whose state this was: clock, entropy, names, network
 	OpStart   = "start"   // Process: run it
 	OpSignal  = "signal"  // Process.ID, Signal
 	OpResize  = "resize"  // Process.ID, Rows, Cols

@@ -100,6 +100,14 @@ type Warmer interface {
 	Warm()
 }
 
+// Checkpointer is the role of workloads whose running state can be saved and resumed, memory included.
+type Checkpointer interface {
+	// Checkpoint saves the workload into a directory that doesn't exist yet. It goes on afterwards, or ends with exit. With
+	// disk, what its writable disk has is saved too, so that the workload can go on with it after others wrote there; without,
+	// it can only go on with the disk as it is. Error: ErrFailedPrecondition (something it has can't be saved).
+	Checkpoint(ctx context.Context, dir string, disk, exit bool) error
+}
+
 // Describer is the role of drivers that have something to say in `docker info`: titles and texts.
 type Describer interface {
 	Describe(ctx context.Context) [][2]string
@@ -219,6 +227,9 @@ type Spec struct {
 	// Rootfs is the mounted root of the container on the host; Disk are its disks instead, for a DiskRooter.
 	Rootfs string
 	Disk   *Disk
+
+	// Restore is the directory of a checkpoint to go on from; empty to begin anew.
+	Restore string
 
 	// Mounts in the order to mount, parents first; they include /etc/hosts, /etc/hostname, /etc/resolv.conf, volumes,
 	// binds, tmpfs and /dev/shm. The driver adds its own (/proc, /sys, /dev, ...) before them.

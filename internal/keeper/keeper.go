@@ -118,6 +118,8 @@ type Machine struct {
 	NetNS string `json:"netns,omitempty"`
 	// Incoming is a file with a machine's state that QEMU is to read from its standard input.
 	Incoming string `json:"incoming,omitempty"`
+	// Resumed says that the state is of a workload that runs: it goes on, as the machine that SetUp describes.
+	Resumed bool `json:"resumed,omitempty"`
 	// SetUp and Process are what the guest is told when it is there; without SetUp it is to become a template.
 	SetUp   *guest.Machine `json:"setUp,omitempty"`
 	Process *guest.Process `json:"process,omitempty"`

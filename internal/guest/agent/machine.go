@@ -62,24 +62,8 @@ func notifyChild(wake chan struct{}) {
 
 // makeMachine makes the workload's root and network.
 func (a *agent) makeMachine(m *guest.Machine) error {
-	if m.Time > 0 {
-		ts := unix.NsecToTimespec(m.Time)
-		if err := unix.ClockSettime(unix.CLOCK_REALTIME, &ts); err != nil {
-			complain("set clock: %v", err)
-		}
-	}
-	if err := reseed(m.Seed); err != nil {
-		complain("seed random numbers: %v", err)
-	}
-	if m.Hostname != "" {
-		if err := unix.Sethostname([]byte(m.Hostname)); err != nil {
-			return fmt.Errorf("set host name: %w", err)
-		}
-	}
-	if m.Domainname != "" {
-		if err := unix.Setdomainname([]byte(m.Domainname)); err != nil {
-			return fmt.Errorf("set domain name: %w", err)
-		}
+	if err := beUnique(m); err != nil {
+		return err
 	}
 	if err := mountRoot(m); err != nil {
 		return err
@@ -109,6 +93,53 @@ func (a *agent) makeMachine(m *guest.Machine) error {
 	if m.ReadOnly {
 		if err := unix.Mount("", guest.RootDir, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, ""); err != nil {
 			return fmt.Errorf("make root read-only: %w", err)
+		}
+	}
+	return nil
+}
+
+// becomeOther gives a machine that goes on with the state of another what is its own.
+func (a *agent) becomeOther(m *guest.Machine) error {
+	if m == nil {
+		return fmt.Errorf("no machine described: %w", errdefs.ErrInvalidArgument)
+	}
+	if err := beUnique(m); err != nil {
+		return err
+	}
+	for i := range m.Files {
+		if err := putFile(&m.Files[i]); err != nil {
+			return err
+		}
+	}
+	if m.MachineID != "" {
+		if old, err := os.ReadFile(guest.RootDir + "/etc/machine-id"); err == nil && len(strings.TrimSpace(string(old))) == 32 {
+			if err := os.WriteFile(guest.RootDir+"/etc/machine-id", []byte(m.MachineID+"\n"), 0o444); err != nil {
+				complain("machine ID: %v", err) // a read-only root keeps it
+			}
+		}
+	}
+	return a.setNetwork(&m.Network)
+}
+
+// beUnique sets what machines with the same memory must not share: time, random numbers, names.
+func beUnique(m *guest.Machine) error {
+	if m.Time > 0 {
+		ts := unix.NsecToTimespec(m.Time)
+		if err := unix.ClockSettime(unix.CLOCK_REALTIME, &ts); err != nil {
+			complain("set clock: %v", err)
+		}
+	}
+	if err := reseed(m.Seed); err != nil {
+		complain("seed random numbers: %v", err)
+	}
+	if m.Hostname != "" {
+		if err := unix.Sethostname([]byte(m.Hostname)); err != nil {
+			return fmt.Errorf("set host name: %w", err)
+		}
+	}
+	if m.Domainname != "" {
+		if err := unix.Setdomainname([]byte(m.Domainname)); err != nil {
+			return fmt.Errorf("set domain name: %w", err)
 		}
 	}
 	return nil
@@ -321,7 +352,7 @@ func bindFile(f *guest.File, n int) error {
 }
 
 // putFile replaces the content of such a file in place, so that whoever has it mounted sees it.
-func putFile(_ string, f *guest.File) error {
+func putFile(f *guest.File) error {
 	if f == nil {
 		return fmt.Errorf("no file: %w", errdefs.ErrInvalidArgument)
 	}

@@ -68,6 +68,9 @@ func device(i *guest.Interface, n *guest.Network) (netlink.Link, error) {
 			if _, err := os.Stat(filepath.Join("/sys/class/net", at.Name, "device")); err != nil {
 				continue
 			}
+			if i.Preset && at.Name == i.Name {
+				return l, nil
+			}
 			if free == nil && !slices.ContainsFunc(n.Interfaces, func(o guest.Interface) bool { return o.MAC == at.HardwareAddr.String() }) {
 				free = l
 			}
@@ -128,6 +131,15 @@ func setInterface(i *guest.Interface, n *guest.Network) error {
 	if err != nil {
 		return err
 	}
+	// Old ones first: of two in a subnet the kernel takes the second away with the first.
+	for _, old := range have {
+		if old.IP.IsLinkLocalUnicast() && old.IP.To4() == nil || slices.Contains(i.Addresses, old.IPNet.String()) {
+			continue
+		}
+		if err := netlink.AddrDel(l, &old); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			return fmt.Errorf("remove %s: %w", old.IPNet, err)
+		}
+	}
 	for _, cidr := range i.Addresses {
 		addr, err := netlink.ParseAddr(cidr)
 		if err != nil {
@@ -138,14 +150,6 @@ func setInterface(i *guest.Interface, n *guest.Network) error {
 		}
 		if err := netlink.AddrAdd(l, addr); err != nil && !errors.Is(err, unix.EEXIST) {
 			return fmt.Errorf("add %s: %w", cidr, err)
-		}
-	}
-	for _, old := range have {
-		if old.IP.IsLinkLocalUnicast() && old.IP.To4() == nil || slices.Contains(i.Addresses, old.IPNet.String()) {
-			continue
-		}
-		if err := netlink.AddrDel(l, &old); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
-			return fmt.Errorf("remove %s: %w", old.IPNet, err)
 		}
 	}
 	return netlink.LinkSetUp(l)

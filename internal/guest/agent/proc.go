@@ -62,7 +62,14 @@ func newProc(a *agent, id uint32) *proc {
 func (p *proc) state() guest.ProcessState {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return guest.ProcessState{PID: p.pid, In: p.received}
+	return guest.ProcessState{PID: p.pid, In: p.received, Out: p.out[0].kept(), Err: p.out[1].kept()}
+}
+
+// kept is the position of the first byte that isn't acknowledged.
+func (s *outStream) kept() int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.base
 }
 
 // start runs a process, or waits for one with that ID that was asked for before.

@@ -179,6 +179,8 @@ func (a *agent) do(r *guest.RequestBody, res *guest.ResponseBody) error {
 	switch r.Op {
 	case guest.OpSetUp:
 		return a.setUpOnce(r.Machine)
+	case guest.OpResume:
+		return a.becomeOther(r.Machine)
 	case guest.OpStart:
 		pid, err := a.start(r.Process)
 		res.PID = pid
@@ -196,7 +198,7 @@ func (a *agent) do(r *guest.RequestBody, res *guest.ResponseBody) error {
 		}
 		return p.signal(unix.Signal(r.Signal))
 	case guest.OpPutFile:
-		return putFile(guest.RootDir, r.File)
+		return putFile(r.File)
 	case guest.OpNetwork:
 		return a.setNetwork(r.Network)
 	case guest.OpStats:

@@ -4,15 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 
 	"dolium/internal/isolation"
-
-	"golang.org/x/sys/unix"
 )
 
 // upperName is a machine's writable disk, in the directory of the container's layer.
@@ -32,7 +29,7 @@ func (d *Driver) upperDisk(ctx context.Context, root *isolation.Disk, size int64
 		return "", fmt.Errorf("make an empty disk: %w", err)
 	}
 	tmp := path + ".new"
-	if err := copyFile(empty, tmp); err != nil {
+	if err := copyDisk(empty, tmp); err != nil {
 		return "", err
 	}
 	return path, os.Rename(tmp, path)
@@ -64,7 +61,7 @@ func (d *Driver) emptyDisk(ctx context.Context, size int64) (string, error) {
 	if err := run(ctx, "mkfs.ext4", "-q", "-F", "-m", "0", "-J", "size=16", "-i", "65536", "-O", "^resize_inode", "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard,root_owner=0:0", raw); err != nil {
 		return "", err
 	}
-	if err := run(ctx, "qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", "lazy_refcounts=on", raw, path+".new"); err != nil {
+	if err := run(ctx, "qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, path+".new"); err != nil {
 		return "", err
 	}
 	return path, os.Rename(path+".new", path)
@@ -83,23 +80,4 @@ func run(ctx context.Context, name string, args ...string) error {
 		return fmt.Errorf("%s: %w: %s", name, err, strings.TrimSpace(stderr.String()))
 	}
 	return nil
-}
-
-// copyFile copies a file, sharing its blocks where the file system can.
-func copyFile(from, to string) error {
-	src, err := os.Open(from)
-	if err != nil {
-		return err
-	}
-	defer src.Close()
-	dst, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	defer dst.Close()
-	if unix.IoctlFileClone(int(dst.Fd()), int(src.Fd())) == nil {
-		return nil
-	}
-	_, err = io.Copy(dst, src)
-	return errors.Join(err, dst.Close())
 }

@@ -43,6 +43,10 @@ type shape struct {
 	// what a template had, and QEMU is given the rest of its state.
 	memoryFile string
 	incoming   bool
+	// complete says that the state is of a machine that was plugged together before.
+	complete bool
+	ports    []int // of the interfaces
+	board    string
 }
 
 // machine is everything that QEMU's command line is made of.
@@ -66,7 +70,7 @@ func (m *machine) args() []string {
 
 	// Board, CPUs, memory.
 	memory := "mem0"
-	add("-machine", "pc-q35-%d.%d,memory-backend=%s,vmport=off,smbus=off,usb=off,hpet=off,i8042=off", m.qemu.major, m.qemu.minor, memory)
+	add("-machine", "%s,memory-backend=%s,vmport=off,smbus=off,usb=off,hpet=off,i8042=off", m.board, memory)
 	if m.qemu.accel.Name == "kvm" {
 		a = append(a, "-accel", "kvm", "-cpu", "host")
 	} else {
@@ -122,11 +126,11 @@ func (m *machine) args() []string {
 
 	// Networks.
 	for i, n := range m.nics {
-		if m.incoming && i > 0 {
+		if m.incoming && !m.complete && i > 0 {
 			break // plugged in when the state was read
 		}
 		add("-netdev", "tap,id=net-%s,ifname=%s,script=no,downscript=no", n.tap, n.tap)
-		add("-device", "virtio-net-pci,id=nic-%s,netdev=net-%s,mac=%s,romfile=,bus=port%d", n.tap, n.tap, n.MAC, i)
+		add("-device", "virtio-net-pci,id=nic-%s,netdev=net-%s,mac=%s,romfile=,bus=port%d", n.tap, n.tap, n.MAC, m.ports[i])
 	}
 
 	// Memory that the guest doesn't need goes back to the host; random numbers come from it.

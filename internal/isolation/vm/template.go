@@ -151,7 +151,7 @@ func (d *Driver) makeTemplate(ctx context.Context, key string, r container.Resou
 	if err := errors.Join(os.RemoveAll(tmp), os.MkdirAll(tmp, 0o700)); err != nil {
 		return err
 	}
-	if err := d.saveState(ctx, id, filepath.Join(tmp, stateFile)); err != nil {
+	if err := d.saveState(ctx, id, filepath.Join(tmp, stateFile), false); err != nil {
 		return err
 	}
 	if err := copyData(memory, filepath.Join(tmp, memoryFile)); err != nil {
@@ -207,11 +207,13 @@ func (d *Driver) keeperStart(ctx context.Context, id string) error {
 	return err
 }
 
-// sharedMemory makes QEMU leave memory that is a file out of a machine's state.
-var sharedMemory = map[string]any{"capabilities": []map[string]any{{"capability": "x-ignore-shared", "state": true}}}
+// sharedMemory says whether QEMU leaves memory that is a file out of a machine's state.
+func sharedMemory(out bool) any {
+	return map[string]any{"capabilities": []map[string]any{{"capability": "x-ignore-shared", "state": out}}}
+}
 
-// saveState stops a machine and writes the state of its devices into a file.
-func (d *Driver) saveState(ctx context.Context, id, path string) error {
+// saveState stops a machine and writes its state into a file: that of its devices, and its memory unless that is a file.
+func (d *Driver) saveState(ctx context.Context, id, path string, memory bool) error {
 	socket := filepath.Join(d.runDir(id), "state.sock")
 	l, err := net.Listen("unix", socket)
 	if err != nil {
@@ -227,7 +229,7 @@ func (d *Driver) saveState(ctx context.Context, id, path string) error {
 		if err := m.run("stop", nil, nil); err != nil {
 			return err
 		}
-		if err := m.run("migrate-set-capabilities", sharedMemory, nil); err != nil {
+		if err := m.run("migrate-set-capabilities", sharedMemory(!memory), nil); err != nil {
 			return err
 		}
 		if err := m.run("migrate", map[string]any{"uri": "unix:" + socket}, nil); err != nil {
@@ -340,35 +342,41 @@ func copyData(from, to string) error {
 	return dst.Close()
 }
 
-// resumeTemplate has QEMU read a template's state, which is its standard input, and plugs in what is this machine's.
-func (d *Driver) resumeTemplate(ctx context.Context, id string, nics []nic, share bool) error {
+// resume has QEMU read a state, which is its standard input, and plugs in what a template's lacks.
+func (d *Driver) resume(ctx context.Context, id string, s *starting) error {
 	return d.monitored(ctx, id, func(m *monitor) error {
-		if err := m.run("migrate-set-capabilities", sharedMemory, nil); err != nil {
+		if err := m.run("migrate-set-capabilities", sharedMemory(!s.checkpoint), nil); err != nil {
 			return err
 		}
 		if err := m.run("migrate-incoming", map[string]any{"uri": "fd:0"}, nil); err != nil {
 			return err
 		}
 		for {
-			var s struct {
+			var is struct {
 				Status string `json:"status"`
 			}
-			if err := m.run("query-status", nil, &s); err != nil {
+			if err := m.run("query-status", nil, &is); err != nil {
 				return err
 			}
-			if s.Status == "paused" {
-				// As the template was when it was saved.
+			if is.Status == "running" {
+				break
+			}
+			if is.Status == "paused" {
+				// As it was when it was saved.
 				if err := m.run("cont", nil, nil); err != nil {
 					return err
 				}
 				break
 			}
-			if s.Status != "inmigrate" {
-				return fmt.Errorf("start from a template: the machine is %q", s.Status)
+			if is.Status != "inmigrate" {
+				return fmt.Errorf("start from a saved state: the machine is %q", is.Status)
 			}
 			time.Sleep(2 * time.Millisecond)
 		}
-		for port, n := range nics {
+		if s.checkpoint {
+			return nil
+		}
+		for port, n := range s.nics {
 			if port == 0 {
 				continue // a template's device
 			}
@@ -376,7 +384,7 @@ func (d *Driver) resumeTemplate(ctx context.Context, id string, nics []nic, shar
 				return err
 			}
 		}
-		if !share {
+		if !s.share {
 			return nil
 		}
 		err := m.run("chardev-add", map[string]any{"id": "share", "backend": map[string]any{

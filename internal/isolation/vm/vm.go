@@ -173,6 +173,13 @@ type known struct {
 	// NICs are the ports that taps are plugged into.
 	NICs map[string]int `json:"nics,omitempty"`
 	DNS  bool           `json:"dns,omitempty"`
+	// Board and Boot are the machine's type and what it was booted with, BaseCPUs how many CPUs it was made with, Disk its
+	// writable one; Share says that it has directories of the host's.
+	Board    string `json:"board"`
+	Boot     string `json:"boot"`
+	BaseCPUs int    `json:"baseCPUs"`
+	Disk     string `json:"disk"`
+	Share    bool   `json:"share,omitempty"`
 }
 
 // managed is a file that the engine keeps for a workload.
@@ -221,11 +228,17 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 		return nil, err
 	}
 	m := machine{qemu: q, boot: boot, dir: d.runDir(s.ID), name: s.Name}
+	m.board = fmt.Sprintf("pc-q35-%d.%d", q.major, q.minor)
 	if err := d.size(&m.shape, s.Host); err != nil {
 		return nil, err
 	}
 	if m.upper, err = d.upperDisk(ctx, s.Disk, diskSize(s.Host)); err != nil {
 		return nil, err
+	}
+	if s.Restore != "" {
+		if err := d.readCheckpoint(&m, s); err != nil {
+			return nil, err
+		}
 	}
 	m.lower, m.volatile = s.Disk.Lower, s.Disk.Volatile
 	user := userOf(s.ID)
@@ -242,6 +255,12 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 		return nil, err
 	}
 	m.nics = nics
+	if m.complete && len(m.ports) != len(nics) {
+		return nil, invalid("the checkpoint is of a machine on %d networks, and the container is on %d", len(m.ports), len(nics))
+	}
+	for i := len(m.ports); i < len(nics); i++ {
+		m.ports = append(m.ports, i)
+	}
 	var sh shares
 	setUp, files, err := d.guestMachine(s, network, &sh)
 	if err != nil {
@@ -276,8 +295,10 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 	}()
 	if as == asTemplate {
 		setUp = nil
-	} else if m.incoming && len(setUp.Network.Interfaces) > 0 {
-		setUp.Network.Interfaces[0].Preset = true
+	} else if m.incoming {
+		for i := range setUp.Network.Interfaces {
+			setUp.Network.Interfaces[i].Preset = i == 0 || m.complete
+		}
 	}
 	spec, err := d.confine(&m, s, user)
 	if err != nil {
@@ -285,10 +306,10 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 	}
 	k := &known{
 		NetNS: s.NetNS, User: user, CPUs: m.cpus, Max: m.maxCPUs, Memory: m.memory, Base: m.memory, MaxMemory: m.maxMemory, Process: inherited(first), Managed: files,
-		NICs: map[string]int{}, DNS: network.DNS,
+		NICs: map[string]int{}, DNS: network.DNS, Board: m.board, Boot: m.boot.name, BaseCPUs: m.cpus, Disk: m.upper, Share: m.share,
 	}
 	for i, n := range m.nics {
-		k.NICs[n.tap] = i
+		k.NICs[n.tap] = m.ports[i]
 	}
 	if len(m.nics) > nicPorts {
 		return nil, invalid("a virtual machine can be on %d networks, not on %d", nicPorts, len(m.nics))
@@ -301,7 +322,7 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 		SystemdCgroup: s.SystemdCgroup,
 		Machine: &keeper.Machine{
 			Channel: filepath.Join(m.dir, channelSocket), Stderr: filepath.Join(m.dir, stderrFile), NetNS: s.NetNS,
-			SetUp: setUp, Process: first, Incoming: start.state,
+			SetUp: setUp, Process: first, Incoming: start.state, Resumed: m.complete,
 		},
 	})
 	if err != nil {
@@ -611,11 +632,15 @@ type starting struct {
 	nics   []nic
 	share  bool
 	then   func()
+	// checkpoint says that the state is all of a machine's, which runs.
+	checkpoint bool
 }
 
 // memoryOf decides whether a machine starts from a template, and makes its memory then.
 func (d *Driver) memoryOf(m *machine, s *isolation.Spec, key string, as purpose) (starting, error) {
 	switch dir := d.template(key); {
+	case m.complete:
+		return starting{state: filepath.Join(s.Restore, stateFile), checkpoint: true}, nil
 	case as == asTemplate:
 		m.memoryFile = d.memoryPath(s.ID)
 		err := emptyFile(m.memoryFile, m.memory)
@@ -647,7 +672,7 @@ func (i *instance) Start(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go func() {
-		err := i.d.resumeTemplate(ctx, i.key.ID, i.start.nics, i.start.share)
+		err := i.d.resume(ctx, i.key.ID, &i.start)
 		if err != nil {
 			// What waits for the guest would wait long.
 			_ = i.d.keeper.Signal(context.WithoutCancel(ctx), i.key, syscall.SIGKILL) // it may have ended
@@ -658,7 +683,13 @@ func (i *instance) Start(ctx context.Context) error {
 	err := i.held.Start(ctx)
 	perr := <-plugged
 	// QEMU has the file open; without a name it goes with QEMU.
-	rerr := os.RemoveAll(i.start.memory)
+	var rerr error
+	if i.start.memory != "" {
+		rerr = os.RemoveAll(i.start.memory)
+	}
+	if i.start.checkpoint {
+		return errors.Join(perr, err)
+	}
 	if perr == nil && err != nil && !errors.As(err, new(*commandError)) || perr != nil {
 		// The template may be what is wrong: the next start boots.
 		rerr = errors.Join(rerr, os.RemoveAll(filepath.Dir(i.start.state)))
@@ -668,12 +699,16 @@ func (i *instance) Start(ctx context.Context) error {
 }
 
 var (
-	_ isolation.Driver     = (*Driver)(nil)
-	_ isolation.DiskRooter = (*Driver)(nil)
-	_ isolation.Instance   = (*instance)(nil)
-	_ isolation.Pauser     = (*instance)(nil)
-	_ isolation.Networker  = (*instance)(nil)
-	_ isolation.Process    = (*held)(nil)
+	_ isolation.Driver       = (*Driver)(nil)
+	_ isolation.DiskRooter   = (*Driver)(nil)
+	_ isolation.Instance     = (*instance)(nil)
+	_ isolation.Pauser       = (*instance)(nil)
+	_ isolation.Networker    = (*instance)(nil)
+	_ isolation.Checkpointer = (*instance)(nil)
+	_ isolation.Filer        = (*Driver)(nil)
+	_ isolation.Lister       = (*instance)(nil)
+	_ isolation.Describer    = (*Driver)(nil)
+	_ isolation.Process      = (*held)(nil)
 )
 
 func (d *Driver) instance(id string) *instance {

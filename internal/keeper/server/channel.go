@@ -148,6 +148,9 @@ func (x *machine) have() map[uint32]guest.Have {
 	x.mu.Unlock()
 	all := map[uint32]guest.Have{}
 	for _, e := range ends {
+		if e.unborn {
+			continue
+		}
 		var h guest.Have
 		if e.out[0] != nil {
 			h.Out = e.out[0].have()
@@ -269,6 +272,9 @@ func (c *channel) welcome(payload []byte) bool {
 	c.mu.Unlock()
 	for id, s := range w.Processes {
 		c.x.w.machines.sawID(c.x.p.rec.ID, id)
+		if e := c.x.end(id); e != nil && e.unborn {
+			e.born(s)
+		}
 		if e := c.x.end(id); e != nil && e.in != nil {
 			e.in.resume(s.In)
 		}

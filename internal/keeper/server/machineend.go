@@ -2,6 +2,7 @@ package server
 
 import (
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -23,10 +24,12 @@ type end struct {
 	p  *proc
 	id uint32
 
-	stop  chan struct{}
-	files []*os.File // to be closed
-	out   [2]*inlet
-	in    *outlet
+	// unborn says that it isn't known yet where its streams begin: those of a process that ran before don't at 0.
+	unborn bool
+	stop   chan struct{}
+	files  []*os.File // to be closed
+	out    [2]*inlet
+	in     *outlet
 }
 
 // inlet is where output from the guest goes.
@@ -97,21 +100,44 @@ func (p *proc) openEnd(x *machine, id uint32) (master int, err error) {
 			e.in = &outlet{e: e, f: f}
 		}
 	}
+	var origin guest.ProcessState
+	if x.m.Resumed && id == guest.MainProcess {
+		e.unborn = readJSON(filepath.Join(p.dir, originFile), &origin) != nil
+	}
+	if !e.unborn {
+		e.begin(origin)
+	}
 	x.mu.Lock()
 	x.ends[id] = e
 	x.mu.Unlock()
-	for i, in := range e.out {
-		if in == nil {
-			continue
+	return master, nil
+}
+
+// begin moves bytes from now on; origin is where the guest began to count.
+func (e *end) begin(origin guest.ProcessState) {
+	for i, from := range []int64{origin.Out, origin.Err} {
+		if in := e.out[i]; in != nil {
+			in.pos = from + e.p.arrived(i)
+			go in.run()
 		}
-		in.pos = p.arrived(i)
-		go in.run()
 	}
 	if e.in != nil {
-		e.in.open()
+		e.in.open(origin.In)
 		go e.in.run()
 	}
-	return master, nil
+}
+
+// born learns where the streams of a resumed process begin, once for all workers.
+func (e *end) born(s guest.ProcessState) {
+	b, err := json.Marshal(s)
+	if err == nil {
+		err = writeFile(filepath.Join(e.p.dir, originFile), b)
+	}
+	if err != nil {
+		e.p.w.log.Error("resume streams", "process", e.p.rec.Key, "error", err)
+	}
+	e.unborn = false
+	e.begin(s)
 }
 
 // arrived is the position of a stream after what is in its pipe.
@@ -262,8 +288,9 @@ type outlet struct {
 	again chan struct{}
 }
 
-// open reads how far an earlier worker came.
-func (o *outlet) open() {
+// open reads how far an earlier worker came; origin is where the guest began to count.
+func (o *outlet) open(origin int64) {
+	o.taken, o.told = origin, origin
 	o.acked, o.again = make(chan struct{}, 1), make(chan struct{}, 1)
 	f, err := os.OpenFile(filepath.Join(o.e.p.dir, "stdin.note"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {

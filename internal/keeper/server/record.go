@@ -44,6 +44,7 @@ const (
 	processFile = "process.json" // the same of an exec
 	machineFile = "machine.json" // what is in a machine
 	endFile     = "end.json"     // how the first process in a machine ended
+	originFile  = "origin.json"  // where the streams of one that was resumed begin
 	clientsFile = "clients"      // how many clients are attached
 )
 
