@@ -233,6 +233,7 @@ type RequestBody struct {
 const (
 	OpSetUp   = "setup"   // Machine: mount the root and the rest, once
 	OpResume  = "resume"  // Machine: be another machine than the one whose state this was: clock, entropy, names, network
+	OpClock   = "clock"   // Machine.Time: set the clock, which stood still with the machine
 	OpStart   = "start"   // Process: run it
 	OpSignal  = "signal"  // Process.ID, Signal
 	OpResize  = "resize"  // Process.ID, Rows, Cols

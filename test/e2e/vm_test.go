@@ -293,6 +293,118 @@ func TestVirtualMachinesOutliveDaemonAndKeeper(t *testing.T) {
 	d.OK("rm", "-f", "mach", "ending", "terminal")
 }
 
+func TestTheStateOfAVirtualMachineIsSavedResumedAndCloned(t *testing.T) {
+	h, d := newHost(t, "--experimental")
+	warmMachines(t, h, d)
+	d.OK("network", "create", "net")
+	d.OK(vm("-d", "--name", "mach", "--network", "net", "-p", "8080:80", "busybox", "sh", "-c",
+		`httpd -h / -p 80; i=0; while :; do i=$((i+1)); echo $i; echo $i > /state; usleep 100000; done`)...)
+	waitCount(t, d, "mach", 3)
+	d.OK("checkpoint", "create", "--leave-running", "mach", "early")
+	if got := d.OK("checkpoint", "ls", "mach"); !strings.Contains(got, "early") {
+		t.Errorf("checkpoints: %s", got)
+	}
+	waitCount(t, d, "mach", 5)
+	if got := clockOff(t, d, "mach"); got > 2*time.Second {
+		t.Errorf("its clock is %s off after it stood still", got)
+	}
+
+	own := d.Program(filepath.Join(host.Bin(), "dolium"))
+	own.OK("clone", "mach", "copy")
+	if got := d.Inspect("copy", "{{.State.Status}} {{.HostConfig.Isolation}}"); got != "running vm" {
+		t.Errorf("the clone is %s", got)
+	}
+	// It counts on from where the original was, under a name and addresses of its own.
+	first := strings.Fields(d.OK("logs", "copy"))
+	if len(first) == 0 || first[0] == "1" {
+		t.Errorf("the clone began at %v", first)
+	}
+	if a, b := d.OK("exec", "mach", "hostname"), d.OK("exec", "copy", "hostname"); a == b {
+		t.Errorf("both are called %s", a)
+	}
+	if got := d.OK("exec", "mach", "wget", "-qO-", "http://copy/state"); got == "" {
+		t.Error("the clone isn't reached by its name")
+	}
+	if a, b := d.OK("exec", "mach", "sh", "-c", "head -c 8 /dev/urandom | od -tx1"), d.OK("exec", "copy", "sh", "-c", "head -c 8 /dev/urandom | od -tx1"); a == b {
+		t.Errorf("both drew %s", a)
+	}
+	d.OK("rm", "-f", "copy")
+
+	before := checkCount(t, d.OK("logs", "mach"))
+	own.OK("suspend", "mach")
+	if got := d.Inspect("mach", "{{.State.Status}}"); got != "exited" {
+		t.Errorf("suspended: %s", got)
+	}
+	h.Restart(t)
+	own.OK("resume", "mach")
+	waitCount(t, d, "mach", 5)
+	if after := checkCount(t, d.OK("logs", "mach")); after <= before {
+		t.Errorf("%d before, %d after", before, after)
+	}
+	if got, err := h.NS.Get("http://127.0.0.1:8080/state", ""); err != nil || strings.TrimSpace(got) == "" {
+		t.Errorf("published port: %q, %v", got, err)
+	}
+	own.Fails(1, "is not suspended", "resume", "mach")
+
+	d.OK("stop", "-t", "0", "mach")
+	d.OK("start", "--checkpoint", "early", "mach")
+	host.Eventually(t, "it goes on from the checkpoint", func() error {
+		if got := d.OK("exec", "mach", "cat", "/state"); len(got) > 2 {
+			return fmt.Errorf("at %s", got)
+		}
+		return nil
+	})
+	d.OK("checkpoint", "rm", "mach", "early")
+	d.Fails(1, "does not exist", "start", "--checkpoint", "early", "mach")
+	d.OK("rm", "-f", "mach")
+
+	d.OK("run", "-d", "--name", "cont", "busybox", "sleep", "1000")
+	d.Fails(1, "it takes isolation vm", "checkpoint", "create", "cont", "one")
+	own.Fails(1, "it takes isolation vm", "clone", "cont", "other")
+	d.OK(vm("-d", "--name", "bound", "-v", "/data", "busybox", "sleep", "1000")...)
+	d.Fails(1, "with volumes or binds can't be saved", "checkpoint", "create", "bound", "one")
+	d.OK("exec", "bound", "true") // and goes on
+	d.OK("rm", "-fv", "cont", "bound")
+}
+
+// clockOff is how far a container's clock is from the host's.
+func clockOff(t *testing.T, d *host.CLI, container string) time.Duration {
+	t.Helper()
+	var s int64
+	fmt.Sscan(d.OK("exec", container, "date", "+%s"), &s)
+	return time.Since(time.Unix(s, 0)).Abs()
+}
+
+func TestCPUsAndMemoryAreAdjustedInARunningVirtualMachine(t *testing.T) {
+	h, d := newHost(t)
+	warmMachines(t, h, d)
+	d.OK(vm("-d", "--name", "mach", "busybox", "sleep", "1000")...)
+	memory := func() (mb int) {
+		fmt.Sscan(d.OK("exec", "mach", "awk", "/MemTotal/{print int($2/1024)}", "/proc/meminfo"), &mb)
+		return mb
+	}
+	was := memory()
+	if got := d.OK("exec", "mach", "nproc"); got != "1" {
+		t.Errorf("it began with %s CPUs", got)
+	}
+	d.OK("update", "--cpus", "2", "--memory", "1536m", "--memory-swap", "3g", "mach")
+	if got := d.OK("exec", "mach", "nproc"); got != "2" {
+		t.Errorf("--cpus 2 gives %s CPUs", got)
+	}
+	if got := memory(); got < was+450 {
+		t.Errorf("from 1024 to 1536 MB the guest went from %d to %d", was, got)
+	}
+	d.OK("update", "--cpus", "0.5", "--memory", "512m", "mach")
+	if got := d.OK("exec", "mach", "nproc"); got != "1" {
+		t.Errorf("--cpus 0.5 gives %s CPUs", got)
+	}
+	if got := memory(); got > 512 {
+		t.Errorf("at 512 MB the guest has %d", got)
+	}
+	d.Fails(1, "at most on this host", "update", "--memory", "1000g", "--memory-swap", "2000g", "mach")
+	d.OK("rm", "-f", "mach")
+}
+
 func TestTheVotingAppHasItsDatabaseInAVirtualMachine(t *testing.T) {
 	t.Parallel()
 	h, d := hub(t, lectureImages(t, "redis", "postgres", "voting-app", "result-app", "worker"))

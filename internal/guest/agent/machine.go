@@ -124,8 +124,7 @@ func (a *agent) becomeOther(m *guest.Machine) error {
 // beUnique sets what machines with the same memory must not share: time, random numbers, names.
 func beUnique(m *guest.Machine) error {
 	if m.Time > 0 {
-		ts := unix.NsecToTimespec(m.Time)
-		if err := unix.ClockSettime(unix.CLOCK_REALTIME, &ts); err != nil {
+		if err := setClock(m.Time); err != nil {
 			complain("set clock: %v", err)
 		}
 	}
@@ -143,6 +142,12 @@ func beUnique(m *guest.Machine) error {
 		}
 	}
 	return nil
+}
+
+// setClock sets the time of day, in nanoseconds since 1970.
+func setClock(to int64) error {
+	ts := unix.NsecToTimespec(to)
+	return unix.ClockSettime(unix.CLOCK_REALTIME, &ts)
 }
 
 // reseed gives the kernel's random numbers entropy that no other machine has.

@@ -181,6 +181,11 @@ func (a *agent) do(r *guest.RequestBody, res *guest.ResponseBody) error {
 		return a.setUpOnce(r.Machine)
 	case guest.OpResume:
 		return a.becomeOther(r.Machine)
+	case guest.OpClock:
+		if r.Machine == nil {
+			return fmt.Errorf("no time told: %w", errdefs.ErrInvalidArgument)
+		}
+		return setClock(r.Machine.Time)
 	case guest.OpStart:
 		pid, err := a.start(r.Process)
 		res.PID = pid

@@ -72,6 +72,7 @@ func (i *instance) Checkpoint(ctx context.Context, dir string, disk, exit bool) 
 		}
 		// It goes on where it was, also when it couldn't be saved.
 		again := d.monitored(context.WithoutCancel(ctx), i.key.ID, func(m *monitor) error { return m.run("cont", nil, nil) })
+		i.setClock(context.WithoutCancel(ctx))
 		if again != nil {
 			err = errors.Join(err, fmt.Errorf("the machine doesn't go on: %w", again))
 		}

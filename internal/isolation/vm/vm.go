@@ -736,7 +736,21 @@ func (i *instance) Pause(ctx context.Context) error {
 
 // Resume implements isolation.Pauser.
 func (i *instance) Resume(ctx context.Context) error {
-	return i.d.monitored(ctx, i.key.ID, func(m *monitor) error { return m.run("cont", nil, nil) })
+	if err := i.d.monitored(ctx, i.key.ID, func(m *monitor) error { return m.run("cont", nil, nil) }); err != nil {
+		return err
+	}
+	i.setClock(ctx)
+	return nil
+}
+
+// setClock sets the guest's clock after it stood still.
+func (i *instance) setClock(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	now := &guest.Machine{Time: time.Now().UnixNano()}
+	if _, err := i.d.keeper.Guest(ctx, i.key.ID, &guest.RequestBody{Op: guest.OpClock, Machine: now}); err != nil {
+		i.d.config.Log.Warn("clock of a machine that stood still is behind", "machine", i.key.ID, "error", err)
+	}
 }
 
 // Exec implements isolation.Instance.

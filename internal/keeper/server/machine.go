@@ -159,6 +159,9 @@ func (x *machine) begin() error {
 	if patience <= 0 {
 		patience = 2 * time.Minute
 	}
+	if x.m.SetUp != nil {
+		x.m.SetUp.Time = time.Now().UnixNano() // as late as possible
+	}
 	if x.m.Resumed {
 		if _, err := x.ask(&guest.RequestBody{Op: guest.OpResume, Machine: x.m.SetUp}, patience); err != nil {
 			return fmt.Errorf("go on as another machine: %w", err)
