@@ -99,7 +99,8 @@ func serve(cfg *daemonconf.Config, args []string) error {
 	defer processes.Close()
 
 	machines, err := vm.New(ctx, vm.Config{
-		ExecRoot: cfg.ExecRoot, DataRoot: cfg.DataRoot, CgroupParent: cfg.CgroupParent, SystemdCgroup: cfg.SystemdCgroup, Log: log,
+		ExecRoot: cfg.ExecRoot, DataRoot: cfg.DataRoot, CgroupParent: cfg.CgroupParent, SystemdCgroup: cfg.SystemdCgroup,
+		NoTemplates: cfg.Features[daemonconf.FeatureTemplates] == "false", Log: log,
 	}, processes.Keeper())
 	if err != nil {
 		return err

@@ -158,6 +158,9 @@ func (c *Config) finishRuntimes() error {
 	return nil
 }
 
+// FeatureTemplates is the feature that lets virtual machines start from templates; on unless it is turned off.
+const FeatureTemplates = "vm-templates"
+
 // finishFeatures: the image store is the one that Docker calls containerd-snapshotter, so turning that off is refused;
 // the others are noted.
 func (c *Config) finishFeatures() error {
@@ -166,6 +169,7 @@ func (c *Config) finishFeatures() error {
 		switch {
 		case name == "containerd-snapshotter" && !on:
 			return errors.New(`feature "containerd-snapshotter" can't be turned off: Dolium has no other image store`)
+		case name == FeatureTemplates:
 		case name != "containerd-snapshotter" && on:
 			c.Notes = append(c.Notes, fmt.Sprintf("feature %q has no effect: Dolium doesn't have it yet", name))
 		}
