@@ -40,6 +40,7 @@ func (s *suite) run(ctx context.Context) error {
 		{"pull", s.pulls},
 		{"build", s.builds},
 		{"compose", s.composes},
+		{"vm", s.machines},
 		{"startup", s.startups},
 	} {
 		// Of builds one may want single cases.

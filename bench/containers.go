@@ -22,11 +22,12 @@ type spec struct {
 	cmd       []string
 	network   container.NetworkMode // empty: the engine's default
 	published bool                  // port 80 on a free port of the host's loopback
+	isolation container.Isolation   // empty: the engine's default
 }
 
 func (e *engine) create(ctx context.Context, s spec) (string, error) {
 	config := &container.Config{Image: busyboxImage, Cmd: s.cmd, Labels: map[string]string{ownLabel: "1"}}
-	host := &container.HostConfig{NetworkMode: s.network}
+	host := &container.HostConfig{NetworkMode: s.network, Isolation: s.isolation}
 	if s.published {
 		port := network.MustParsePort("80/tcp")
 		config.ExposedPorts = network.PortSet{port: struct{}{}}

@@ -41,6 +41,9 @@ var modules = []string{
 	"fuse", "virtiofs",
 }
 
+// Modules are the names of the kernel modules that machines need, as far as a kernel has them as modules.
+func Modules() []string { return slices.Clone(modules) }
+
 // Kernels lists the guest kernels there are, the newest first.
 func (d *Driver) Kernels() ([]Kernel, error) {
 	var all []Kernel
@@ -220,19 +223,19 @@ const filesSuffix = "-files"
 
 // writeInitrd writes an initramfs: dolium-guest as the first process, and the modules.
 func writeInitrd(to, guestPath, moduleDir string) error {
-	var c cpio
+	var c Initramfs
 	program, err := os.ReadFile(guestPath)
 	if err != nil {
 		return fmt.Errorf("dolium-guest: %w", err)
 	}
-	c.dir("dev")
-	c.node("dev/console", 5, 1)
-	c.file("init", 0o755, program)
+	c.Dir("dev")
+	c.Node("dev/console", 5, 1)
+	c.File("init", 0o755, program)
 	if program, err = os.ReadFile(guestPath + filesSuffix); err != nil {
 		return fmt.Errorf("dolium-guest-files: %w", err)
 	}
-	c.file(strings.TrimPrefix(guest.FilesProgram, "/"), 0o755, program)
-	c.dir("modules")
+	c.File(strings.TrimPrefix(guest.FilesProgram, "/"), 0o755, program)
+	c.Dir("modules")
 	var order []string
 	for _, name := range modules {
 		found, err := filepath.Glob(filepath.Join(moduleDir, name+".ko*"))
@@ -250,20 +253,20 @@ func writeInitrd(to, guestPath, moduleDir string) error {
 		if err != nil {
 			return fmt.Errorf("%s: %w", found[0], err)
 		}
-		c.file("modules/"+name+".ko", 0o644, ko)
+		c.File("modules/"+name+".ko", 0o644, ko)
 		order = append(order, name+".ko")
 	}
-	c.file("modules/order", 0o644, []byte(strings.Join(order, "\n")))
-	return os.WriteFile(to, c.close(), 0o644)
+	c.File("modules/order", 0o644, []byte(strings.Join(order, "\n")))
+	return os.WriteFile(to, c.Bytes(), 0o644)
 }
 
-// cpio is an archive of the kind the kernel reads (Documentation/driver-api/early-userspace/buffer-format.rst, "newc").
-type cpio struct {
+// Initramfs is an archive of the kind the kernel reads (Documentation/driver-api/early-userspace/buffer-format.rst, "newc").
+type Initramfs struct {
 	b   bytes.Buffer
 	ino int
 }
 
-func (c *cpio) entry(name string, mode, major, minor uint32, content []byte) {
+func (c *Initramfs) entry(name string, mode, major, minor uint32, content []byte) {
 	c.ino++
 	fmt.Fprintf(&c.b, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x",
 		c.ino, mode, 0, 0, 1, 0, len(content), 0, 0, major, minor, len(name)+1, 0)
@@ -274,7 +277,7 @@ func (c *cpio) entry(name string, mode, major, minor uint32, content []byte) {
 	c.pad()
 }
 
-func (c *cpio) pad() {
+func (c *Initramfs) pad() {
 	for c.b.Len()%4 != 0 {
 		c.b.WriteByte(0)
 	}
@@ -282,15 +285,21 @@ func (c *cpio) pad() {
 
 const typeDir, typeFile, typeChar = 0o040000, 0o100000, 0o020000
 
-func (c *cpio) dir(name string) { c.entry(name, typeDir|0o755, 0, 0, nil) }
-func (c *cpio) file(name string, mode uint32, content []byte) {
+// Dir adds a directory.
+func (c *Initramfs) Dir(name string) { c.entry(name, typeDir|0o755, 0, 0, nil) }
+
+// File adds a file.
+func (c *Initramfs) File(name string, mode uint32, content []byte) {
 	c.entry(name, typeFile|mode, 0, 0, content)
 }
-func (c *cpio) node(name string, major, minor uint32) {
+
+// Node adds a character device.
+func (c *Initramfs) Node(name string, major, minor uint32) {
 	c.entry(name, typeChar|0o600, major, minor, nil)
 }
 
-func (c *cpio) close() []byte {
+// Bytes ends the archive and returns it.
+func (c *Initramfs) Bytes() []byte {
 	c.entry("TRAILER!!!", 0, 0, 0, nil)
 	return c.b.Bytes()
 }
