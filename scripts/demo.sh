@@ -170,6 +170,14 @@ patiently "the votes don't show in the result (it says: $(count))" 60 counted
 note "three more votes; the result says $(count)"
 step "docker compose -p voting-app ps"
 
+say "The same image with a kernel of its own (this host's is $(uname -r))"
+if compgen -G "$bin/kernels/*/vmlinuz" >/dev/null; then
+  step "docker run --rm --isolation vm redis sh -c 'uname -r; redis-server --version'"
+  docker info 2>/dev/null | sed -n 's/^ *\(Virtual machines by: [a-z]*\).*/     \1/p'
+else
+  note "there is no guest kernel in $bin/kernels: see docs/vm.md"
+fi
+
 address=$(hostname -I 2>/dev/null | cut -d' ' -f1)
 say "It runs. Open"
 note "to vote:       http://localhost:5000${address:+   or   http://$address:5000}"

@@ -5,9 +5,9 @@ set -euo pipefail
 
 # What must be there, and the package that brings it: a program's name, or a file.
 build=(gcc:gcc pkg-config:pkg-config /usr/include/seccomp.h:libseccomp-dev)
-demo=("${build[@]}" mmdebstrap:mmdebstrap curl:curl /bin/busybox:busybox-static ps:procps)
+demo=("${build[@]}" mmdebstrap:mmdebstrap curl:curl /bin/busybox:busybox-static ps:procps
+  qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils mkfs.ext4:e2fsprogs)
 test=("${demo[@]}" nft:nftables ip:iproute2 iptables:iptables chromium:chromium shellcheck:shellcheck git:git runc:runc crun:crun
-  qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils mkfs.ext4:e2fsprogs
   redis-server:redis-server '/usr/lib/postgresql/*/bin/postgres:postgresql')
 
 case "${1:-}" in
@@ -25,6 +25,11 @@ for entry in "${wanted[@]}"; do
   if [[ $need == /* ]]; then compgen -G "$need" >/dev/null || missing+=("${entry#*:}")
   else command -v "$need" >/dev/null || missing+=("${entry#*:}"); fi
 done
+# Debian 12 has it in QEMU's own package; after that it is a package of its own, at another place.
+if [[ $1 != build ]] && ! compgen -G '/usr/lib/qemu/virtiofsd' >/dev/null && ! compgen -G '/usr/libexec/virtiofsd' >/dev/null &&
+  apt-cache show virtiofsd >/dev/null 2>&1; then
+  missing+=(virtiofsd)
+fi
 [[ ${#missing[@]} -eq 0 ]] && exit 0
 
 if ! command -v apt-get >/dev/null; then
