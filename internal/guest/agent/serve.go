@@ -216,6 +216,9 @@ func (a *agent) do(r *guest.RequestBody, res *guest.ResponseBody) error {
 	case guest.OpCPUs:
 		return onlineCPUs(r.CPUs)
 	case guest.OpQuiet:
+		a.mu.Lock()
+		a.met = false // whoever speaks to a machine of this template has heard nothing of it
+		a.mu.Unlock()
 		return quiet()
 	case guest.OpDown:
 		a.goDown()

@@ -102,11 +102,15 @@ func (c *channel) run() {
 	}
 }
 
-// greet says hello until the guest has answered: it may not be there yet, or be in the middle of something that an
-// earlier worker was cut off in, which the zeros before the frame complete.
+// greet says hello until the guest has answered. What a guest that hasn't booted yet is sent waits for it; one that
+// spoke with an earlier worker may be in the middle of a frame that was cut off, which zeros complete.
 func (c *channel) greet(conn net.Conn, stop chan struct{}) {
-	for wait := 20 * time.Millisecond; ; wait = min(wait*3/2, time.Second) {
-		if wait > 100*time.Millisecond || !c.x.fresh() {
+	wait, again := 20*time.Millisecond, !c.x.fresh()
+	if !again {
+		wait = 3 * time.Second
+	}
+	for ; ; wait, again = min(wait*3/2, 5*time.Second), true {
+		if again {
 			c.write.Lock()
 			_, err := conn.Write(make([]byte, 2*guest.DataChunk))
 			c.write.Unlock()
