@@ -17,6 +17,7 @@ func build(t *testing.T) string {
 	return bin
 }
 
+// Of --init in a virtual machine.
 func TestGuestEndsAsItsWorkloadEnds(t *testing.T) {
 	bin := build(t)
 	unreadable := filepath.Join(t.TempDir(), "data")
@@ -27,14 +28,15 @@ func TestGuestEndsAsItsWorkloadEnds(t *testing.T) {
 		args []string
 		want int
 	}{
-		"status":          {[]string{"sh", "-c", "exit 7"}, 7},
-		"signal":          {[]string{"sh", "-c", "kill -9 $$"}, 128 + 9},
-		"orphans first":   {[]string{"sh", "-c", "(sh -c 'exit 3' &); sleep 0.1; exit 4"}, 4},
-		"no such program": {[]string{"no-such-program-here"}, 127},
+		"status":          {[]string{"/bin/sh", "-c", "exit 7"}, 7},
+		"signal":          {[]string{"/bin/sh", "-c", "kill -9 $$"}, 128 + 9},
+		"orphans first":   {[]string{"/bin/sh", "-c", "(sh -c 'exit 3' &); sleep 0.1; exit 4"}, 4},
+		"no such program": {[]string{"/no-such-program-here"}, 127},
 		"nothing to run":  {nil, 2},
 		"not a program":   {[]string{unreadable}, 127},
+		"not executable":  {[]string{"/etc/passwd"}, 126},
 	} {
-		cmd := exec.Command(bin, c.args...)
+		cmd := exec.Command(bin, append([]string{"init"}, c.args...)...)
 		_ = cmd.Run()
 		if got := cmd.ProcessState.ExitCode(); got != c.want {
 			t.Errorf("%s: exit %d, want %d", name, got, c.want)
@@ -43,7 +45,7 @@ func TestGuestEndsAsItsWorkloadEnds(t *testing.T) {
 }
 
 func TestGuestPassesSignalsOn(t *testing.T) {
-	cmd := exec.Command(build(t), "sh", "-c", "trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done")
+	cmd := exec.Command(build(t), "init", "/bin/sh", "-c", "trap 'exit 9' TERM; echo ready; while :; do sleep 0.05; done")
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)

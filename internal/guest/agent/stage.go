@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"runtime"
@@ -388,7 +387,10 @@ func initMain(args []string) {
 	child, err := os.StartProcess(args[0], args, &os.ProcAttr{Files: []*os.File{os.Stdin, os.Stdout, os.Stderr}, Env: os.Environ()})
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "docker-init: %v\n", err)
-		os.Exit(map[bool]int{true: 126, false: 127}[errors.Is(err, os.ErrPermission) || errors.Is(err, exec.ErrDot)])
+		if errors.Is(err, os.ErrPermission) {
+			os.Exit(126)
+		}
+		os.Exit(127)
 	}
 	for sig := range signals {
 		switch sig := sig.(syscall.Signal); sig {
