@@ -261,6 +261,8 @@ type Machine struct {
 	// Upper is mounted when Lower is empty.
 	Lower string `json:"lower"`
 	Upper string `json:"upper"`
+	// Volatile says that the writable disk is of no use after the end: nothing is synced to it then.
+	Volatile bool `json:"volatile,omitempty"`
 	// ReadOnly is --read-only.
 	ReadOnly bool `json:"readOnly,omitempty"`
 	// Share is the tag of the virtiofs share that Mounts of type "share" are below.

@@ -204,7 +204,11 @@ func mountRoot(m *guest.Machine) error {
 	if err != nil {
 		return err
 	}
-	if err := unix.Mount(upper, guest.UpperDir, "ext4", unix.MS_NOATIME, "discard,noinit_itable"); err != nil {
+	options := "discard,noinit_itable"
+	if m.Volatile {
+		options += ",noload" // what a journal is for isn't wanted
+	}
+	if err := unix.Mount(upper, guest.UpperDir, "ext4", unix.MS_NOATIME, options); err != nil {
 		return fmt.Errorf("mount writable disk: %w", err)
 	}
 	for _, dir := range []string{"fs", "work"} {
@@ -552,10 +556,13 @@ func (a *agent) goDown() {
 	a.mu.Lock()
 	was := a.down
 	a.down = true
+	volatile := a.machine != nil && a.machine.Volatile
 	a.mu.Unlock()
 	if was {
 		return
 	}
 	_ = os.WriteFile(guest.WorkloadCgroup+"/cgroup.kill", []byte("1"), 0) // older kernels: those of the PID namespace are dead anyway
-	unix.Sync()
+	if !volatile {
+		unix.Sync()
+	}
 }

@@ -420,7 +420,7 @@ func (d *Driver) guestMachine(s *isolation.Spec, network *guest.Network, sh *sha
 		return nil, nil, err
 	}
 	m := &guest.Machine{
-		Hostname: s.Hostname, Domainname: s.Domainname, Upper: upperSerial, ReadOnly: s.Host.ReadonlyRootfs,
+		Hostname: s.Hostname, Domainname: s.Domainname, Upper: upperSerial, ReadOnly: s.Host.ReadonlyRootfs, Volatile: s.Disk.Volatile && len(s.Mounts) == managedOnly(s.Mounts),
 		Network: *network, Sysctls: map[string]string{}, Time: time.Now().UnixNano(), Seed: seed,
 	}
 	if s.Disk.Lower != "" {
@@ -457,6 +457,17 @@ func (d *Driver) guestMachine(s *isolation.Spec, network *guest.Network, sh *sha
 		}
 	}
 	return m, files, nil
+}
+
+// managedOnly counts the mounts that nothing outlives: the engine's files and those in memory. What is written to
+// others must arrive.
+func managedOnly(mounts []isolation.Mount) (n int) {
+	for _, m := range mounts {
+		if m.Managed || m.Type == "tmpfs" {
+			n++
+		}
+	}
+	return n
 }
 
 // usesResolver says whether a resolv.conf names the networks' own resolver.

@@ -394,9 +394,13 @@ func (x *machine) exit(id uint32, e *guest.ExitBody) {
 // switchOff ends QEMU. The guest has written everything to its disks; SIGTERM lets QEMU close the files.
 func (x *machine) switchOff() {
 	p := x.p
+	sig := unix.SIGTERM
+	if x.m.SetUp != nil && x.m.SetUp.Volatile {
+		sig = unix.SIGKILL // nobody reads those files again
+	}
 	p.mu.Lock()
 	if p.pidfd >= 0 {
-		_ = unix.PidfdSendSignal(p.pidfd, unix.SIGTERM, nil, 0) // it has ended already
+		_ = unix.PidfdSendSignal(p.pidfd, sig, nil, 0) // it has ended already
 	}
 	p.mu.Unlock()
 	time.AfterFunc(5*time.Second, func() {
