@@ -204,11 +204,11 @@ func mountRoot(m *guest.Machine) error {
 	if err != nil {
 		return err
 	}
-	options := "discard,noinit_itable"
+	how := "discard,noinit_itable"
 	if m.Volatile {
-		options += ",noload" // what a journal is for isn't wanted
+		how += ",noload" // what a journal is for isn't wanted
 	}
-	if err := unix.Mount(upper, guest.UpperDir, "ext4", unix.MS_NOATIME, options); err != nil {
+	if err := unix.Mount(upper, guest.UpperDir, "ext4", unix.MS_NOATIME, how); err != nil {
 		return fmt.Errorf("mount writable disk: %w", err)
 	}
 	for _, dir := range []string{"fs", "work"} {
