@@ -13,7 +13,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"sync"
-	"syscall"
 
 	"dolium/internal/isolation"
 	"dolium/internal/keeper"
@@ -107,7 +106,7 @@ func (d *Driver) Create(ctx context.Context, s *isolation.Spec) (isolation.Insta
 	if err != nil {
 		return nil, err
 	}
-	log, err := keeperLog(&s.Log)
+	log, err := KeeperLog(&s.Log)
 	if err != nil {
 		return nil, err
 	}
@@ -130,7 +129,8 @@ func (d *Driver) Create(ctx context.Context, s *isolation.Spec) (isolation.Insta
 	return d.instance(s.ID), nil
 }
 
-func keeperLog(l *isolation.LogSpec) (keeper.Log, error) {
+// KeeperLog is a log as the keeper is told of it.
+func KeeperLog(l *isolation.LogSpec) (keeper.Log, error) {
 	if l.Driver == logs.None {
 		return keeper.Log{}, nil
 	}
@@ -145,7 +145,7 @@ func (d *Driver) Adopt(ctx context.Context, id string) (isolation.Instance, erro
 		return nil, err
 	}
 	i := d.instance(id)
-	i.setPID(s.PID)
+	i.SetPID(s.PID)
 	return i, nil
 }
 
@@ -164,108 +164,26 @@ func (d *Driver) List(ctx context.Context) ([]string, error) {
 	return ids, nil
 }
 
-// held is a process that the keeper holds: what an instance and an exec have in common.
-type held struct {
-	d          *Driver
-	key        keeper.Key
-	rows, cols uint32
-
-	mu  sync.Mutex
-	pid int
-}
-
-func (h *held) setPID(pid int) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.pid = pid
-}
-
-// PID implements isolation.Instance.
-func (h *held) PID() int {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.pid
-}
-
-// Start implements isolation.Instance.
-func (h *held) Start(ctx context.Context) error {
-	pid, err := h.d.keeper.Start(ctx, h.key, h.rows, h.cols)
-	if err != nil {
-		return startError(err)
-	}
-	h.setPID(pid)
-	return nil
-}
-
-// startError translates the keeper's kinds of errors to isolation's.
-func startError(err error) error {
-	switch {
-	case errors.Is(err, keeper.ErrCommandNotFound):
-		return &commandError{err, isolation.ErrCommandNotFound}
-	case errors.Is(err, keeper.ErrCommandNotExecutable):
-		return &commandError{err, isolation.ErrCommandNotExecutable}
-	}
-	return err
-}
-
-type commandError struct {
-	error
-	kind error
-}
-
-func (e *commandError) Unwrap() []error { return []error{e.error, e.kind} }
-
-// Attach implements isolation.Instance.
-func (h *held) Attach(ctx context.Context, o isolation.AttachOptions) (isolation.Stream, error) {
-	return h.d.keeper.Attach(ctx, h.key, keeper.Attach{Stdin: o.Stdin, Stdout: o.Stdout, Stderr: o.Stderr})
-}
-
-// Signal implements isolation.Instance.
-func (h *held) Signal(ctx context.Context, sig syscall.Signal) error {
-	return h.d.keeper.Signal(ctx, h.key, sig)
-}
-
-// Resize implements isolation.Instance.
-func (h *held) Resize(ctx context.Context, rows, cols uint32) error {
-	return h.d.keeper.Resize(ctx, h.key, rows, cols)
-}
-
-// Wait implements isolation.Instance.
-func (h *held) Wait(ctx context.Context) (isolation.Exit, error) {
-	e, err := h.d.keeper.Wait(ctx, h.key)
-	if err != nil {
-		return isolation.Exit{}, err
-	}
-	h.setPID(0)
-	return isolation.Exit{Code: e.Code, OOMKilled: e.OOMKilled, At: e.At, Error: e.Error}, nil
-}
-
-// Delete implements isolation.Instance.
-func (h *held) Delete(ctx context.Context) error {
-	err := h.d.keeper.Delete(ctx, h.key)
-	if err == nil {
-		h.setPID(0)
-	}
-	return err
-}
-
 // instance is one workload.
-type instance struct{ held }
+type instance struct {
+	*Held
+	d *Driver
+}
 
 var (
 	_ isolation.Driver   = (*Driver)(nil)
 	_ isolation.Instance = (*instance)(nil)
 	_ isolation.Pauser   = (*instance)(nil)
-	_ isolation.Process  = (*held)(nil)
+	_ isolation.Process  = (*Held)(nil)
 )
 
 func (d *Driver) instance(id string) *instance {
-	return &instance{held{d: d, key: keeper.Key{ID: id}}}
+	return &instance{NewHeld(d.keeper, keeper.Key{ID: id}, 0, 0), d}
 }
 
 // Delete implements isolation.Instance.
 func (i *instance) Delete(ctx context.Context) error {
-	if err := i.held.Delete(ctx); err != nil {
+	if err := i.Held.Delete(ctx); err != nil {
 		return err
 	}
 	return i.d.forget(i.key.ID)
@@ -305,7 +223,7 @@ func (i *instance) Exec(ctx context.Context, execID string, p isolation.ProcessS
 	if err := i.d.keeper.Exec(ctx, i.key.ID, execID, &keeper.Process{Spec: spec, IO: io}); err != nil {
 		return nil, err
 	}
-	return &held{d: i.d, key: keeper.Key{ID: i.key.ID, Exec: execID}, rows: p.Rows, cols: p.Cols}, nil
+	return NewHeld(i.d.keeper, keeper.Key{ID: i.key.ID, Exec: execID}, p.Rows, p.Cols), nil
 }
 
 // origin is what execs take over from their container. It is kept below the exec-root, because the daemon that starts

@@ -39,7 +39,7 @@ type checkpoint struct {
 // Checkpoint implements isolation.Checkpointer.
 func (i *instance) Checkpoint(ctx context.Context, dir string, disk, exit bool) (err error) {
 	d := i.d
-	k, err := d.recall(i.key.ID)
+	k, err := d.recall(i.id)
 	if err != nil {
 		return err
 	}
@@ -71,13 +71,13 @@ func (i *instance) Checkpoint(ctx context.Context, dir string, disk, exit bool) 
 			return
 		}
 		// It goes on where it was, also when it couldn't be saved.
-		again := d.monitored(context.WithoutCancel(ctx), i.key.ID, func(m *monitor) error { return m.run("cont", nil, nil) })
+		again := d.monitored(context.WithoutCancel(ctx), i.id, func(m *monitor) error { return m.run("cont", nil, nil) })
 		i.setClock(context.WithoutCancel(ctx))
 		if again != nil {
 			err = errors.Join(err, fmt.Errorf("the machine doesn't go on: %w", again))
 		}
 	}()
-	if err := d.saveState(ctx, i.key.ID, filepath.Join(tmp, stateFile), true); err != nil {
+	if err := d.saveState(ctx, i.id, filepath.Join(tmp, stateFile), true); err != nil {
 		return err
 	}
 	if disk {

@@ -40,7 +40,7 @@ func (d *Driver) Files(ctx context.Context, id string, spec *isolation.Spec) (is
 	if err != nil {
 		return nil, fmt.Errorf("start the machine of %s to reach its files: %w", spec.Name, err)
 	}
-	return &files{d: d, id: inst.key.ID, close: func() error { return inst.Delete(context.WithoutCancel(ctx)) }}, nil
+	return &files{d: d, id: inst.id, close: func() error { return inst.Delete(context.WithoutCancel(ctx)) }}, nil
 }
 
 // maintenanceSuffix marks machines that were started to reach files.

@@ -19,7 +19,7 @@ import (
 // NetworkChanged implements isolation.Networker: interfaces that came are plugged into the machine, those that went are
 // unplugged, and the guest is told how all of them are.
 func (i *instance) NetworkChanged(ctx context.Context) error {
-	k, err := i.d.recall(i.key.ID)
+	k, err := i.d.recall(i.id)
 	if err != nil {
 		return err
 	}
@@ -34,7 +34,7 @@ func (i *instance) NetworkChanged(ctx context.Context) error {
 		}
 	}
 	now := map[string]int{}
-	err = i.d.monitored(ctx, i.key.ID, func(m *monitor) error {
+	err = i.d.monitored(ctx, i.id, func(m *monitor) error {
 		used := map[int]bool{}
 		for _, n := range nics {
 			if port, there := k.NICs[n.tap]; there {
@@ -74,10 +74,10 @@ func (i *instance) NetworkChanged(ctx context.Context) error {
 		return err
 	}
 	k.NICs, k.DNS = now, network.DNS
-	if err := i.d.remember(i.key.ID, k); err != nil {
+	if err := i.d.remember(i.id, k); err != nil {
 		return err
 	}
-	if _, err := i.d.keeper.Guest(ctx, i.key.ID, &guest.RequestBody{Op: guest.OpNetwork, Network: network}); err != nil {
+	if _, err := i.d.keeper.Guest(ctx, i.id, &guest.RequestBody{Op: guest.OpNetwork, Network: network}); err != nil {
 		return fmt.Errorf("set the guest's network: %w", err)
 	}
 	return nil

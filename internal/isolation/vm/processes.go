@@ -19,12 +19,12 @@ import (
 // ListProcesses implements isolation.Lister: the host's ps runs in a mount namespace where /proc has what the guest's has
 // of the workload, so that every option of it works.
 func (i *instance) ListProcesses(ctx context.Context, psArgs []string) ([]byte, []int, error) {
-	dir, err := os.MkdirTemp(i.d.runDir(i.key.ID), "proc-")
+	dir, err := os.MkdirTemp(i.d.runDir(i.id), "proc-")
 	if err != nil {
 		return nil, nil, err
 	}
 	defer os.RemoveAll(dir)
-	f := files{d: i.d, id: i.key.ID}
+	f := files{d: i.d, id: i.id}
 	if err := f.all(ctx, func(r io.Reader) error { return unpackProcs(r, dir) }, guest.ToolProcs); err != nil {
 		return nil, nil, err
 	}

@@ -59,7 +59,7 @@ func diskSize(h *container.HostConfig) int64 {
 // is for QEMU's control group.
 func (i *instance) Update(ctx context.Context, r container.Resources) error {
 	d := i.d
-	k, err := d.recall(i.key.ID)
+	k, err := d.recall(i.id)
 	if err != nil {
 		return err
 	}
@@ -81,7 +81,7 @@ func (i *instance) Update(ctx context.Context, r container.Resources) error {
 	if err != nil {
 		return err
 	}
-	if err := d.keeper.Update(ctx, i.key.ID, most); err != nil {
+	if err := d.keeper.Update(ctx, i.id, most); err != nil {
 		return err
 	}
 	if cpus != k.CPUs {
@@ -89,7 +89,7 @@ func (i *instance) Update(ctx context.Context, r container.Resources) error {
 			return fmt.Errorf("change the machine's CPUs from %d to %d: %w", k.CPUs, cpus, err)
 		}
 		k.CPUs = cpus
-		if err := d.remember(i.key.ID, k); err != nil {
+		if err := d.remember(i.id, k); err != nil {
 			return err
 		}
 	}
@@ -98,7 +98,7 @@ func (i *instance) Update(ctx context.Context, r container.Resources) error {
 			return fmt.Errorf("change the machine's memory to %d MB: %w", memory>>20, err)
 		}
 		k.Memory = memory
-		if err := d.remember(i.key.ID, k); err != nil {
+		if err := d.remember(i.id, k); err != nil {
 			return err
 		}
 	}
@@ -116,7 +116,7 @@ type cpuSlot struct {
 // them off itself.
 func (i *instance) setCPUs(ctx context.Context, from, to int) error {
 	tell := func() error {
-		_, err := i.d.keeper.Guest(ctx, i.key.ID, &guest.RequestBody{Op: guest.OpCPUs, CPUs: to})
+		_, err := i.d.keeper.Guest(ctx, i.id, &guest.RequestBody{Op: guest.OpCPUs, CPUs: to})
 		return err
 	}
 	if to < from {
@@ -125,7 +125,7 @@ func (i *instance) setCPUs(ctx context.Context, from, to int) error {
 			return err
 		}
 	}
-	err := i.d.monitored(ctx, i.key.ID, func(m *monitor) error {
+	err := i.d.monitored(ctx, i.id, func(m *monitor) error {
 		var slots []cpuSlot
 		if err := m.run("query-hotpluggable-cpus", nil, &slots); err != nil {
 			return err
@@ -180,7 +180,7 @@ func slotNumber(s cpuSlot) int {
 // setMemory gives the guest more memory by a virtio-mem device, which is plugged in the first time, or takes what it was
 // made with by its balloon.
 func (i *instance) setMemory(ctx context.Context, k *known, to int64) error {
-	return i.d.monitored(ctx, i.key.ID, func(m *monitor) error {
+	return i.d.monitored(ctx, i.id, func(m *monitor) error {
 		more := (max(to-k.Base, 0) + extraBlock - 1) / extraBlock * extraBlock
 		if more > 0 && !k.Extra {
 			size := (k.MaxMemory - k.Base) / extraBlock * extraBlock
@@ -195,7 +195,7 @@ func (i *instance) setMemory(ctx context.Context, k *known, to int64) error {
 				return errors.Join(err, m.run("object-del", map[string]any{"id": "extra"}, nil))
 			}
 			k.Extra = true
-			if err := i.d.remember(i.key.ID, k); err != nil {
+			if err := i.d.remember(i.id, k); err != nil {
 				return err
 			}
 		}
@@ -280,18 +280,18 @@ const statsPatience = 2 * time.Second
 // Stats implements isolation.Instance. CPU time and I/O are what the machine costs the host; memory and processes are
 // what the guest has, with the host's view of the memory beside it.
 func (i *instance) Stats(ctx context.Context) (*container.StatsResponse, error) {
-	raw, err := i.d.keeper.Stats(ctx, i.key.ID)
+	raw, err := i.d.keeper.Stats(ctx, i.id)
 	if err != nil {
 		return nil, err
 	}
-	s, err := process.StatsOf(i.key.ID, raw)
+	s, err := process.StatsOf(i.id, raw)
 	if err != nil {
 		return nil, err
 	}
 	own := map[string]uint64{"qemu_usage": s.MemoryStats.Usage, "qemu_limit": s.MemoryStats.Limit}
 	patient, cancel := context.WithTimeout(ctx, statsPatience)
 	defer cancel()
-	res, err := i.d.keeper.Guest(patient, i.key.ID, &guest.RequestBody{Op: guest.OpStats})
+	res, err := i.d.keeper.Guest(patient, i.id, &guest.RequestBody{Op: guest.OpStats})
 	if err != nil || res.Stats == nil {
 		s.MemoryStats.Stats = own
 		return s, ctx.Err()

@@ -13,6 +13,7 @@ import (
 	"dolium/internal/fault"
 	"dolium/internal/guest"
 	"dolium/internal/isolation"
+	"dolium/internal/isolation/process"
 	"dolium/internal/keeper"
 
 	"github.com/containerd/errdefs"
@@ -116,7 +117,7 @@ func (d *Driver) serveShares(ctx context.Context, s *isolation.Spec, sh *shares,
 		return err
 	}
 	key := keeper.Key{ID: s.ID + shareSuffix}
-	log, err := keeperLog(&isolation.LogSpec{Driver: "json-file", Path: filepath.Join(dir, "virtiofsd.log")})
+	log, err := process.KeeperLog(&isolation.LogSpec{Driver: "json-file", Path: filepath.Join(dir, "virtiofsd.log")})
 	if err != nil {
 		return err
 	}

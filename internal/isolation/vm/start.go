@@ -1,0 +1,85 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"dolium/internal/isolation"
+)
+
+// starting is how a machine comes to run: from a template's state, or by booting, after which the template is made.
+type starting struct {
+	state  string // a template's
+	memory string // file to be removed when QEMU has it
+	nics   []nic
+	share  bool
+	then   func()
+	// checkpoint says that the state is all of a machine's, which runs.
+	checkpoint bool
+}
+
+// memoryOf decides whether a machine starts from a template, and makes its memory then.
+func (d *Driver) memoryOf(m *machine, s *isolation.Spec, key string, as purpose) (starting, error) {
+	switch dir := d.template(key); {
+	case m.complete:
+		return starting{state: filepath.Join(s.Restore, stateFile), checkpoint: true}, nil
+	case as == asTemplate:
+		m.memoryFile = d.memoryPath(s.ID)
+		err := emptyFile(m.memoryFile, m.memory)
+		return starting{}, errors.Join(err, os.Chown(m.memoryFile, userOf(s.ID), userOf(s.ID)))
+	case m.lower == "":
+		return starting{}, nil // templates have that disk
+	case dir == "":
+		return starting{then: func() { d.prepareTemplate(key, s) }}, nil
+	default:
+		m.memoryFile, m.incoming = d.memoryPath(s.ID), true
+		if err := copyData(filepath.Join(dir, memoryFile), m.memoryFile); err != nil {
+			return starting{}, errors.Join(fmt.Errorf("copy a template's memory: %w", err), os.RemoveAll(m.memoryFile))
+		}
+		err := os.Chown(m.memoryFile, userOf(s.ID), userOf(s.ID))
+		return starting{state: filepath.Join(dir, stateFile), memory: m.memoryFile, nics: m.nics, share: m.share}, err
+	}
+}
+
+// Start implements isolation.Instance.
+func (i *instance) Start(ctx context.Context) error {
+	if i.start.state == "" {
+		err := i.Held.Start(ctx)
+		if err == nil && i.start.then != nil {
+			i.start.then()
+		}
+		return err
+	}
+	plugged := make(chan error, 1)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		err := i.d.resume(ctx, i.id, &i.start)
+		if err != nil {
+			// What waits for the guest would wait long.
+			_ = i.Signal(context.WithoutCancel(ctx), syscall.SIGKILL) // it may have ended
+			cancel()
+		}
+		plugged <- err
+	}()
+	err := i.Held.Start(ctx)
+	perr := <-plugged
+	// QEMU has the file open; without a name it goes with QEMU.
+	var rerr error
+	if i.start.memory != "" {
+		rerr = os.RemoveAll(i.start.memory)
+	}
+	if i.start.checkpoint {
+		return errors.Join(perr, err)
+	}
+	if perr == nil && err != nil && !errors.Is(err, isolation.ErrCommandNotFound) && !errors.Is(err, isolation.ErrCommandNotExecutable) || perr != nil {
+		// The template may be what is wrong: the next start boots.
+		rerr = errors.Join(rerr, os.RemoveAll(filepath.Dir(i.start.state)))
+		return errors.Join(perr, err, rerr)
+	}
+	return errors.Join(err, rerr)
+}
