@@ -116,6 +116,9 @@ func peekExit(idType, id, flags int) (pid int, status syscall.WaitStatus, err er
 	if err != nil {
 		return 0, 0, err
 	}
+	if info.pid == 0 {
+		return 0, 0, unix.EAGAIN // with WNOHANG: it hasn't ended
+	}
 	const exited, dumped = 1, 3 // CLD_EXITED, CLD_DUMPED
 	switch info.code {
 	case exited:
