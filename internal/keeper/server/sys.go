@@ -104,7 +104,7 @@ type siginfoChild struct {
 }
 
 // peekExit waits for a child to end without reaping it, so that its status can be made durable first. idType and id are
-// those of waitid(2). Error: ECHILD when there is no such child; pid 0 with WNOHANG when none has ended.
+// those of waitid(2). Errors: ECHILD when there is no such child, EAGAIN with WNOHANG when none has ended.
 func peekExit(idType, id, flags int) (pid int, status syscall.WaitStatus, err error) {
 	var info siginfoChild
 	for {
