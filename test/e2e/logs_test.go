@@ -62,6 +62,12 @@ func TestLogsFollowUntilTheEnd(t *testing.T) {
 	d.OK("create", "--name", "box", "busybox", "sh", "-c", "for i in $(seq 30); do echo $i; usleep 50000; done")
 	d.OK("start", "box")
 	f := d.Go("logs", "-f", "box")
+	host.Eventually(t, "there are lines", func() error {
+		if n := checkCount(t, d.OK("logs", "box")); n < 2 {
+			return fmt.Errorf("%d", n)
+		}
+		return nil
+	})
 	last := d.Go("logs", "-f", "-n", "0", "box")
 	if got := f.Wait(); checkCount(t, got.Stdout) != 30 || got.Code != 0 {
 		t.Errorf("%s", got)

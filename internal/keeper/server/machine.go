@@ -277,6 +277,18 @@ func (x *machine) close() {
 	}
 }
 
+// ended says whether a machine is given up.
+func (m *machines) ended(id string) bool {
+	m.mu.Lock()
+	x := m.all[id]
+	m.mu.Unlock()
+	if x == nil {
+		p, err := m.w.proc(keyOf(id))
+		return err != nil || !p.alive()
+	}
+	return x.channel.isClosed()
+}
+
 // died is called when QEMU has ended: what ran in its guest has ended with it.
 func (m *machines) died(p *proc, exit keeper.Exit) keeper.Exit {
 	m.mu.Lock()
@@ -286,8 +298,8 @@ func (m *machines) died(p *proc, exit keeper.Exit) keeper.Exit {
 		x.close()
 	}
 	for _, e := range m.w.execsOf(p.rec.ID) {
-		if e.alive() && e.status() == running {
-			e.exited(keeper.Exit{Code: 128 + int(unix.SIGKILL), At: exit.At})
+		if e.status() == running {
+			e.diedWithMachine()
 		}
 	}
 	var end guest.ExitBody
@@ -384,7 +396,11 @@ func (x *machine) exit(id uint32, e *guest.ExitBody) {
 	x.mu.Unlock()
 	if end != nil {
 		x.closeEnd(id)
-		if end.p.alive() {
+		end.p.mu.Lock()
+		over := end.p.dying || end.p.rec.Exit != nil
+		end.p.dying = true
+		end.p.mu.Unlock()
+		if !over {
 			end.p.exited(keeper.Exit{Code: e.Code, OOMKilled: e.OOMKilled, At: time.Now()})
 		}
 	}

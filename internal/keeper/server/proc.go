@@ -48,8 +48,9 @@ type proc struct {
 	// rows and cols are the terminal's first size, as far as it is known before the start.
 	rows, cols uint32
 
-	stdinKeep int // both ends of stdin, until the process has it
-	ttyFar    int // the guest's end of a terminal in a machine, -1 when there is none
+	stdinKeep int  // both ends of stdin, until the process has it
+	dying     bool // of a process in a guest: its end is being dealt with
+	ttyFar    int  // the guest's end of a terminal in a machine, -1 when there is none
 	log       *logs.Writer
 	pidfd     int
 	pidWatch  uint64
@@ -255,7 +256,24 @@ func (p *proc) startedInGuest(master int) error {
 	if err != nil {
 		return err
 	}
-	return p.watchOutput()
+	if err := p.watchOutput(); err != nil {
+		return err
+	}
+	if p.w.machines.ended(p.rec.ID) {
+		go p.diedWithMachine()
+	}
+	return nil
+}
+
+// diedWithMachine ends a process in a guest that isn't there any more, once.
+func (p *proc) diedWithMachine() {
+	p.mu.Lock()
+	over := p.dying || p.rec.Exit != nil
+	p.dying = true
+	p.mu.Unlock()
+	if !over {
+		p.exited(keeper.Exit{Code: 128 + int(unix.SIGKILL), At: time.Now()})
+	}
 }
 
 func (p *proc) watchOutput() error {
@@ -376,7 +394,12 @@ func (p *proc) remove() error {
 		if p.rec.Guest != 0 && p.parent == nil {
 			break // QEMU is all there is
 		}
-		if err := p.signal(unix.SIGKILL); err != nil && !errdefs.IsNotFound(err) {
+		err := p.signal(unix.SIGKILL)
+		if p.inGuest() && p.w.machines.ended(p.rec.ID) {
+			p.diedWithMachine() // started as it went down
+			break
+		}
+		if err != nil && !errdefs.IsNotFound(err) {
 			return err
 		}
 	}

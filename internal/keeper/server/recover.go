@@ -194,7 +194,7 @@ func (p *proc) readoptRunning() error {
 				return err
 			}
 			if !p.parent.alive() {
-				go p.exited(keeper.Exit{Code: 128 + int(unix.SIGKILL), At: time.Now()})
+				go p.diedWithMachine()
 			}
 			return nil
 		}
