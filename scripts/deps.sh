@@ -7,7 +7,7 @@ set -euo pipefail
 build=(gcc:gcc pkg-config:pkg-config /usr/include/seccomp.h:libseccomp-dev)
 demo=("${build[@]}" mmdebstrap:mmdebstrap curl:curl /bin/busybox:busybox-static ps:procps
   qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils mkfs.ext4:e2fsprogs)
-test=("${demo[@]}" nft:nftables ip:iproute2 iptables:iptables chromium:chromium shellcheck:shellcheck git:git runc:runc crun:crun
+test=("${demo[@]}" nft:nftables ip:iproute2 iptables:iptables chromium:chromium shellcheck:shellcheck git:git runc:runc crun:crun cpio:cpio
   redis-server:redis-server '/usr/lib/postgresql/*/bin/postgres:postgresql')
 
 case "${1:-}" in
