@@ -128,7 +128,10 @@ func (a *app) startPostgres() *exec.Cmd {
 			a.t.Fatalf("initdb: %v\n%s", err, out)
 		}
 	}
-	return a.run(user, nil, found[0], "-D", data, "-p", a.db, "-k", data, "-c", "listen_addresses=127.0.0.1")
+	cmd := a.run(user, nil, found[0], "-D", data, "-p", a.db, "-k", data, "-c", "listen_addresses=127.0.0.1")
+	// Killed, it would leave its shared memory behind.
+	a.t.Cleanup(func() { a.end(cmd, syscall.SIGINT) })
+	return cmd
 }
 
 func (a *app) program(name, listen string) *exec.Cmd {
