@@ -24,7 +24,7 @@ build: deps plugins
 	CGO_ENABLED=1 $(GO) build -tags 'seccomp netgo osusergo' -ldflags '$(LDFLAGS) -extldflags -static' -o bin/dolium-keeper ./cmd/dolium-keeper
 	CGO_ENABLED=0 $(GOBUILD) -o bin/dolium-guest ./cmd/dolium-guest
 	CGO_ENABLED=0 $(GOBUILD) -o bin/dolium-guest-files ./cmd/dolium-guest-files
-	@scripts/kernel.sh bin/kernels || echo "virtual machines have no kernel yet: dolium vm kernel add" >&2
+	@scripts/kernel.sh bin/kernels || echo "virtual machines have no kernel yet, see docs/vm.md" >&2
 
 ## plugins: buildx as it is, and Compose with the old formats of its files
 plugins: deps

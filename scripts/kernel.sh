@@ -6,7 +6,7 @@ set -euo pipefail
 to=$1
 compgen -G "$to/*/vmlinuz" >/dev/null && exit 0
 
-command -v apt-get >/dev/null || { echo "no apt-get here: put a kernel there by \`dolium vm kernel add\`" >&2; exit 1; }
+command -v apt-get >/dev/null || { echo "no apt-get here: put a kernel into $to/NAME/vmlinuz and its modules into $to/NAME/modules" >&2; exit 1; }
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 

@@ -159,6 +159,8 @@ func TestAVirtualMachineLivesAsAContainerDoes(t *testing.T) {
 			"--ipc host":                      "--ipc host is not possible with isolation vm",
 			"--uts host":                      "--uts host is not possible with isolation vm",
 			"--device /dev/null":              "--device /dev/null is not possible with isolation vm",
+			"--storage-opt size=abc":          "invalid size of the writable disk",
+			"--storage-opt speed=1":           "unknown storage option",
 			"-m 32m":                          "a virtual machine needs at least 96 MB of memory",
 			"-v /tmp:/tmp:rshared --name bad": "propagation",
 		} {

@@ -24,9 +24,8 @@ import (
 )
 
 // A guest kernel is a directory with the file vmlinuz (a bzImage) and the directory modules with the kernel's modules,
-// as far as machines need them and they aren't built in. Kernels are looked for below the data root, where `dolium vm
-// kernel add` puts them, beside the daemon's program and below lib/dolium of its prefix; the newest wins, or the one the
-// configuration names.
+// as far as machines need them and they aren't built in. Kernels are looked for in vm/kernels below the data
+// root, beside the daemon's program and below lib/dolium of its prefix; the newest wins.
 
 // Kernel is one guest kernel.
 type Kernel struct {
@@ -101,17 +100,9 @@ func (d *Driver) kernel() (Kernel, error) {
 	if err != nil {
 		return Kernel{}, err
 	}
-	if want := d.config.Kernel; want != "" {
-		for _, k := range all {
-			if k.Name == want {
-				return k, nil
-			}
-		}
-		return Kernel{}, fault.New(errdefs.ErrFailedPrecondition, "the guest kernel %q, which the configuration names, isn't there: see dolium vm kernel ls", want)
-	}
 	if len(all) == 0 {
 		return Kernel{}, fault.New(errdefs.ErrFailedPrecondition,
-			"virtual machines need a guest kernel, and there is none: scripts/kernel.sh fetches Debian's linux-image-cloud-amd64, `dolium vm kernel add` takes any other")
+			"virtual machines need a guest kernel, and there is none: scripts/kernel.sh fetches the distribution's into a directory, such as %s", filepath.Join(d.config.DataRoot, "vm", "kernels"))
 	}
 	return all[0], nil
 }

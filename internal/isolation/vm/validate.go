@@ -5,6 +5,7 @@ import (
 	"dolium/internal/isolation/process"
 
 	"github.com/containerd/errdefs"
+	"github.com/docker/go-units"
 	"github.com/moby/moby/api/types/container"
 )
 
@@ -24,6 +25,9 @@ func Validate(cfg *container.Config, host *container.HostConfig) (warnings []str
 	}
 	if host.Memory > 0 && host.Memory < minMemory {
 		return warnings, invalid("a virtual machine needs at least %d MB of memory", minMemory>>20)
+	}
+	if err := checkStorage(host.StorageOpt); err != nil {
+		return warnings, err
 	}
 	const own = "a virtual machine has a kernel of its own"
 	switch {
@@ -50,4 +54,22 @@ func Validate(cfg *container.Config, host *container.HostConfig) (warnings []str
 		return warnings, err
 	}
 	return warnings, process.CheckUlimits(host)
+}
+
+// minDisk is the smallest writable disk that a file system is made on, in bytes.
+const minDisk = 64 << 20
+
+// checkStorage checks --storage-opt.
+func checkStorage(options map[string]string) error {
+	for name, value := range options {
+		if name != "size" {
+			return invalid("unknown storage option %q: a virtual machine's disk has a size", name)
+		}
+		if n, err := units.RAMInBytes(value); err != nil {
+			return invalid("invalid size of the writable disk %q: %v", value, err)
+		} else if n < minDisk {
+			return invalid("invalid size of the writable disk %q: it is %d MB at least", value, minDisk>>20)
+		}
+	}
+	return nil
 }

@@ -32,8 +32,6 @@ type Config struct {
 	ExecRoot, DataRoot string
 	// GuestPath is dolium-guest's binary; empty looks beside the daemon's own and then in PATH.
 	GuestPath string
-	// Kernel is the name of the guest kernel; empty is the newest.
-	Kernel string
 	// CPUs and Memory (bytes) are those of a machine that doesn't say; 0 is 1 and 1 GiB.
 	CPUs   int
 	Memory int64
