@@ -52,6 +52,8 @@ type record struct {
 	// Path and Args are the resolved command.
 	Path string
 	Args []string
+	// Boots says that it has no command but an operating system, on disks that its image brings.
+	Boots bool `json:",omitempty"`
 
 	Config     *container.Config
 	HostConfig *container.HostConfig

@@ -44,6 +44,7 @@ func (e *Engine) ContainerCreate(ctx context.Context, o CreateOptions) (containe
 		o.HostConfig = &container.HostConfig{}
 	}
 	var img *image.Image
+	asked := *o.Config
 	if o.Config.Image != "" {
 		var err error
 		if img, err = e.images.Resolve(ctx, o.Config.Image, o.Platform); err != nil {
@@ -82,8 +83,11 @@ func (e *Engine) ContainerCreate(ctx context.Context, o CreateOptions) (containe
 	if img != nil {
 		c.rec.ImageID, c.rec.Manifest, c.rec.Platform = img.ID, img.Manifest, img.Platform
 	}
-	if c.rec.Path, c.rec.Args, err = command(o.Config); err != nil {
-		return none, err
+	var noCommand error
+	c.rec.Path, c.rec.Args, noCommand = command(o.Config)
+	booter := e.booter(o.HostConfig.Isolation, img)
+	if noCommand != nil && booter == nil {
+		return none, noCommand
 	}
 	if spec := e.netSpec(&c.rec); spec != nil {
 		if err := e.nets.Validate(ctx, spec); errdefs.IsNotFound(err) {
@@ -107,6 +111,22 @@ func (e *Engine) ContainerCreate(ctx context.Context, o CreateOptions) (containe
 	if err := e.images.CreateLayer(ctx, id, img, layer); err != nil {
 		return none, fmt.Errorf("create container %s: %w", name, err)
 	}
+	if booter != nil {
+		files, err := e.images.MachineFiles(ctx, id)
+		if err != nil {
+			return none, err
+		}
+		if c.rec.Boots = len(files) > 0; c.rec.Boots {
+			// What builders write into every image is of no meaning.
+			o.Config.Env, o.Config.User, o.Config.WorkingDir = asked.Env, asked.User, asked.WorkingDir
+			err = booter.CompleteBoot(o.Config, o.HostConfig)
+		} else {
+			err = noCommand
+		}
+		if err != nil {
+			return none, err
+		}
+	}
 	if err := e.acquireMounts(ctx, &c.rec, &u); err != nil {
 		return none, err
 	}
@@ -123,6 +143,20 @@ func (e *Engine) ContainerCreate(ctx context.Context, o CreateOptions) (containe
 		warnings = []string{}
 	}
 	return container.CreateResponse{ID: id, Warnings: warnings}, nil
+}
+
+// booter is the role of a container's driver when its image may be a machine image; that it has disks is seen when it is
+// unpacked.
+func (e *Engine) booter(i container.Isolation, img *image.Image) isolation.Booter {
+	if img == nil || len(img.Config.Config.Entrypoint)+len(img.Config.Config.Cmd) > 0 {
+		return nil
+	}
+	d, err := e.driver(i)
+	if err != nil {
+		return nil
+	}
+	b, _ := d.(isolation.Booter)
+	return b
 }
 
 // complete validates a request and fills in the daemon's defaults.

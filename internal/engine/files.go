@@ -50,7 +50,7 @@ func (e *Engine) files(ctx context.Context, c *Container) (isolation.Files, erro
 	}
 	var u undo
 	u.add(c.life.Unlock)
-	root, err := e.makeRoot(ctx, d, rec.ID, &u)
+	root, err := e.makeRoot(ctx, d, &rec, &u)
 	if err != nil {
 		u.run()
 		return nil, err

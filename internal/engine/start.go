@@ -106,7 +106,7 @@ func (e *Engine) launch(ctx context.Context, c *Container, rec *record, restore 
 	if err != nil {
 		return nil, err
 	}
-	root, err := e.makeRoot(ctx, driver, rec.ID, &u)
+	root, err := e.makeRoot(ctx, driver, rec, &u)
 	if err != nil {
 		return nil, err
 	}
@@ -162,7 +162,19 @@ type root struct {
 }
 
 // makeRoot readies a container's root for its driver.
-func (e *Engine) makeRoot(ctx context.Context, driver isolation.Driver, id string, u *undo) (root, error) {
+func (e *Engine) makeRoot(ctx context.Context, driver isolation.Driver, rec *record, u *undo) (root, error) {
+	id := rec.ID
+	if rec.Boots {
+		files, err := e.images.MachineFiles(ctx, id)
+		if err != nil {
+			return root{}, err
+		}
+		d, err := e.images.LayerDir(id)
+		if err != nil {
+			return root{}, err
+		}
+		return root{disk: &isolation.Disk{Machine: files, Dir: d.Dir, Volatile: d.Volatile}}, nil
+	}
 	if _, ok := driver.(isolation.DiskRooter); ok {
 		d, err := e.images.LayerDisk(ctx, id)
 		if err != nil {

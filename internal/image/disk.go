@@ -32,7 +32,20 @@ type Disk struct {
 // LowerSize is the length of lower disks in bytes.
 const LowerSize = 256 << 30
 
-const diskSuffix = ".ext4"
+// What is in the directory of disks: those of layers, and directories of disks that images brought.
+const (
+	diskSuffix    = ".ext4"
+	machineSuffix = ".machine"
+)
+
+// LayerDir returns the directory of a container's writable layer alone. Error: ErrNotFound.
+func (s *Store) LayerDir(id string) (*Disk, error) {
+	r, err := s.readLayer(id)
+	if err != nil {
+		return nil, s.noLayer(id, err)
+	}
+	return &Disk{Dir: s.layerDir(id), Volatile: r.volatile}, nil
+}
 
 // LayerDisk returns the disks of a container's writable layer, making the image's the first time. Error: ErrNotFound.
 func (s *Store) LayerDisk(ctx context.Context, id string) (*Disk, error) {
@@ -120,6 +133,9 @@ func (s *Store) dropDisks(ctx context.Context) error {
 	}
 	for _, e := range entries {
 		name, whole := strings.CutSuffix(e.Name(), diskSuffix)
+		if !whole {
+			name, whole = strings.CutSuffix(name, machineSuffix)
+		}
 		chain := strings.Replace(strings.TrimSuffix(name, diskSuffix+".new"), "-", ":", 1)
 		if unlock, err := s.disks.lock(ctx, chain); err != nil {
 			return err
@@ -127,7 +143,7 @@ func (s *Store) dropDisks(ctx context.Context) error {
 			_, err := s.snap.Stat(s.context(ctx), chain)
 			gone := errdefs.IsNotFound(err)
 			if gone || !whole {
-				err = os.Remove(filepath.Join(s.cfg.Root, "disks", e.Name()))
+				err = os.RemoveAll(filepath.Join(s.cfg.Root, "disks", e.Name()))
 			}
 			unlock()
 			if err != nil {

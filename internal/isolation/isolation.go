@@ -13,6 +13,7 @@ package isolation
 import (
 	"context"
 	"io"
+	"net"
 	"syscall"
 	"time"
 
@@ -117,6 +118,21 @@ type Describer interface {
 // nothing is mounted on the host.
 type DiskRooter interface {
 	RootOnDisk()
+}
+
+// Booter is the role of drivers whose workloads can be whole operating systems, which boot from the disks that a machine
+// image brings: Disk.Machine.
+type Booter interface {
+	// CompleteBoot checks what was asked for such a workload and fills in what wasn't said. Error: ErrInvalidArgument.
+	CompleteBoot(cfg *container.Config, host *container.HostConfig) error
+}
+
+// Displayer is the role of workloads that have a screen.
+type Displayer interface {
+	// Display connects to the screen, keyboard and pointer by the protocol of VNC (RFC 6143, without authentication).
+	Display(ctx context.Context) (net.Conn, error)
+	// Screenshot is what the screen shows, as PNG.
+	Screenshot(ctx context.Context) ([]byte, error)
 }
 
 // Filer is the role of drivers whose workloads' files can't be seen on the host. Files gives access to those of a
@@ -266,6 +282,8 @@ type Spec struct {
 type Disk struct {
 	Lower, Dir string
 	Volatile   bool
+	// Machine are disks of a whole operating system, in place of Lower; see Booter.
+	Machine []string
 }
 
 // Mount is one mount inside the root.

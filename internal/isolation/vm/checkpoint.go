@@ -11,6 +11,7 @@ import (
 
 	"dolium/internal/fault"
 	"dolium/internal/isolation"
+	"dolium/internal/sparse"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -81,7 +82,7 @@ func (i *instance) Checkpoint(ctx context.Context, dir string, disk, exit bool) 
 		return err
 	}
 	if disk {
-		if err := copyDisk(k.Disk, filepath.Join(tmp, diskFile)); err != nil {
+		if err := sparse.Clone(k.Disk, filepath.Join(tmp, diskFile)); err != nil {
 			return err
 		}
 	}
@@ -102,24 +103,6 @@ func (i *instance) Checkpoint(ctx context.Context, dir string, disk, exit bool) 
 		}
 	}
 	return nil
-}
-
-// copyDisk copies a disk, sharing blocks where the file system can.
-func copyDisk(from, to string) error {
-	src, err := os.Open(from)
-	if err != nil {
-		return err
-	}
-	defer src.Close()
-	dst, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	defer dst.Close()
-	if unix.IoctlFileClone(int(dst.Fd()), int(src.Fd())) == nil {
-		return dst.Close()
-	}
-	return copyData(from, to)
 }
 
 // readCheckpoint makes a machine what a checkpoint is of.
@@ -148,7 +131,7 @@ func (d *Driver) readCheckpoint(m *machine, s *isolation.Spec) error {
 	if _, err := os.Stat(filepath.Join(s.Restore, diskFile)); errors.Is(err, os.ErrNotExist) {
 		return nil // to go on with the one that there is
 	}
-	if err := copyDisk(filepath.Join(s.Restore, diskFile), m.upper+".new"); err != nil {
+	if err := sparse.Clone(filepath.Join(s.Restore, diskFile), m.upper+".new"); err != nil {
 		return err
 	}
 	return os.Rename(m.upper+".new", m.upper)

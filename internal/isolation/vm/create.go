@@ -22,6 +22,13 @@ import (
 
 // Create implements isolation.Driver: everything that a machine needs is made, and QEMU is ready to be started.
 func (d *Driver) Create(ctx context.Context, s *isolation.Spec) (isolation.Instance, error) {
+	if s.Disk != nil && len(s.Disk.Machine) > 0 {
+		i, err := d.createSystem(ctx, s)
+		if err != nil {
+			return nil, err
+		}
+		return i, nil
+	}
 	i, err := d.create(ctx, s, asWorkload)
 	if err != nil {
 		return nil, err
@@ -105,7 +112,7 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 		}
 		defer func() {
 			if err != nil {
-				err = errors.Join(err, d.endShares(context.WithoutCancel(ctx), s.ID))
+				err = errors.Join(err, d.endHelper(context.WithoutCancel(ctx), s.ID, shareSuffix))
 			}
 		}()
 	}

@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"dolium/internal/isolation"
+	"dolium/internal/sparse"
 )
 
 // upperName is a machine's writable disk, in the directory of the container's layer.
@@ -29,7 +30,7 @@ func (d *Driver) upperDisk(ctx context.Context, root *isolation.Disk, size int64
 		return "", fmt.Errorf("make an empty disk: %w", err)
 	}
 	tmp := path + ".new"
-	if err := copyDisk(empty, tmp); err != nil {
+	if err := sparse.Clone(empty, tmp); err != nil {
 		return "", err
 	}
 	return path, os.Rename(tmp, path)

@@ -33,6 +33,12 @@ type files struct {
 
 // Files implements isolation.Filer.
 func (d *Driver) Files(ctx context.Context, id string, spec *isolation.Spec) (isolation.Files, error) {
+	if spec != nil && len(spec.Disk.Machine) > 0 {
+		return d.systemFiles(ctx, id, spec.Disk)
+	}
+	if k, err := d.recall(id); spec == nil && err == nil && k.OS != nil {
+		return d.systemFiles(ctx, id, nil)
+	}
 	if spec == nil {
 		return &files{d: d, id: id, close: func() error { return nil }}, nil
 	}

@@ -71,11 +71,7 @@ func (m *machine) args() []string {
 	// Board, CPUs, memory.
 	memory := "mem0"
 	add("-machine", "%s,memory-backend=%s,vmport=off,smbus=off,usb=off,hpet=off,i8042=off", m.board, memory)
-	if m.qemu.accel.Name == "kvm" {
-		a = append(a, "-accel", "kvm", "-cpu", "host")
-	} else {
-		a = append(a, "-accel", "tcg,thread=multi,tb-size=256", "-cpu", "Haswell-v4,-pcid,-x2apic,-tsc-deadline,-invpcid,-spec-ctrl")
-	}
+	a = append(a, m.qemu.processor(false)...)
 	add("-smp", "cpus=%d,maxcpus=%d,sockets=%d,cores=1,threads=1", m.cpus, m.maxCPUs, m.maxCPUs)
 	add("-m", "size=%dM,maxmem=%dM,slots=8", m.memory>>20, m.maxMemory>>20)
 	switch {

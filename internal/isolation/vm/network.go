@@ -33,8 +33,25 @@ func (i *instance) NetworkChanged(ctx context.Context) error {
 			network.DNS = true
 		}
 	}
+	now, err := i.d.plugNICs(ctx, i.id, k, nics)
+	if err != nil {
+		return err
+	}
+	k.NICs, k.DNS = now, network.DNS
+	if err := i.d.remember(i.id, k); err != nil {
+		return err
+	}
+	if _, err := i.d.keeper.Guest(ctx, i.id, &guest.RequestBody{Op: guest.OpNetwork, Network: network}); err != nil {
+		return fmt.Errorf("set the guest's network: %w", err)
+	}
+	return nil
+}
+
+// plugNICs plugs in the interfaces that came and takes out those that went, and returns the ports that are in use then.
+func (d *Driver) plugNICs(ctx context.Context, id string, k *known, nics []nic) (map[string]int, error) {
 	now := map[string]int{}
-	err = i.d.monitored(ctx, i.id, func(m *monitor) error {
+	emulated := k.OS != nil && k.OS.Emulated
+	return now, d.monitored(ctx, id, func(m *monitor) error {
 		used := map[int]bool{}
 		for _, n := range nics {
 			if port, there := k.NICs[n.tap]; there {
@@ -63,33 +80,22 @@ func (i *instance) NetworkChanged(ctx context.Context) error {
 			if port >= nicPorts {
 				return invalid("a virtual machine can be on %d networks", nicPorts)
 			}
-			if err := m.plugNIC(&n, port); err != nil {
+			if err := m.plugNIC(&n, port, emulated); err != nil {
 				return err
 			}
 			now[n.tap], used[port] = port, true
 		}
 		return nil
 	})
-	if err != nil {
-		return err
-	}
-	k.NICs, k.DNS = now, network.DNS
-	if err := i.d.remember(i.id, k); err != nil {
-		return err
-	}
-	if _, err := i.d.keeper.Guest(ctx, i.id, &guest.RequestBody{Op: guest.OpNetwork, Network: network}); err != nil {
-		return fmt.Errorf("set the guest's network: %w", err)
-	}
-	return nil
 }
 
-func (m *monitor) plugNIC(n *nic, port int) error {
+func (m *monitor) plugNIC(n *nic, port int, emulated bool) error {
 	err := m.run("netdev_add", map[string]any{"type": "tap", "id": "net-" + n.tap, "ifname": n.tap, "script": "no", "downscript": "no"}, nil)
 	if err != nil {
 		return err
 	}
 	err = m.run("device_add", map[string]any{
-		"driver": "virtio-net-pci", "id": "nic-" + n.tap, "netdev": "net-" + n.tap, "mac": n.MAC, "romfile": "", "bus": fmt.Sprintf("port%d", port),
+		"driver": nicModel(emulated), "id": "nic-" + n.tap, "netdev": "net-" + n.tap, "mac": n.MAC, "romfile": "", "bus": fmt.Sprintf("port%d", port),
 	}, nil)
 	if err != nil {
 		return errors.Join(err, m.run("netdev_del", map[string]any{"id": "net-" + n.tap}, nil))

@@ -58,12 +58,16 @@ func diskSize(h *container.HostConfig) int64 {
 // Update implements isolation.Instance: CPUs and memory are plugged into the running machine or taken out of it, the rest
 // is for QEMU's control group.
 func (i *instance) Update(ctx context.Context, r container.Resources) error {
-	d := i.d
-	k, err := d.recall(i.id)
+	return i.d.update(ctx, i.id, r, i.d.config.Memory, func(from, to int) error { return i.setCPUs(ctx, from, to) })
+}
+
+// update is Update for a machine whose memory is otherwise, in bytes, when the limits don't say.
+func (d *Driver) update(ctx context.Context, id string, r container.Resources, otherwise int64, setCPUs func(from, to int) error) error {
+	k, err := d.recall(id)
 	if err != nil {
 		return err
 	}
-	cpus, memory := wantedCPUs(&r, d.config.CPUs), d.config.Memory
+	cpus, memory := wantedCPUs(&r, d.config.CPUs), otherwise
 	if r.Memory > 0 {
 		memory = r.Memory
 	}
@@ -81,24 +85,24 @@ func (i *instance) Update(ctx context.Context, r container.Resources) error {
 	if err != nil {
 		return err
 	}
-	if err := d.keeper.Update(ctx, i.id, most); err != nil {
+	if err := d.keeper.Update(ctx, id, most); err != nil {
 		return err
 	}
 	if cpus != k.CPUs {
-		if err := i.setCPUs(ctx, k.CPUs, cpus); err != nil {
+		if err := setCPUs(k.CPUs, cpus); err != nil {
 			return fmt.Errorf("change the machine's CPUs from %d to %d: %w", k.CPUs, cpus, err)
 		}
 		k.CPUs = cpus
-		if err := d.remember(i.id, k); err != nil {
+		if err := d.remember(id, k); err != nil {
 			return err
 		}
 	}
 	if memory != k.Memory {
-		if err := i.setMemory(ctx, k, memory); err != nil {
+		if err := d.setMemory(ctx, id, k, memory); err != nil {
 			return fmt.Errorf("change the machine's memory to %d MB: %w", memory>>20, err)
 		}
 		k.Memory = memory
-		if err := d.remember(i.id, k); err != nil {
+		if err := d.remember(id, k); err != nil {
 			return err
 		}
 	}
@@ -125,7 +129,18 @@ func (i *instance) setCPUs(ctx context.Context, from, to int) error {
 			return err
 		}
 	}
-	err := i.d.monitored(ctx, i.id, func(m *monitor) error {
+	if err := i.d.plugCPUs(ctx, i.id, to); err != nil {
+		return err
+	}
+	if to > from {
+		return tell()
+	}
+	return nil
+}
+
+// plugCPUs makes a machine have so many CPUs.
+func (d *Driver) plugCPUs(ctx context.Context, id string, to int) error {
+	return d.monitored(ctx, id, func(m *monitor) error {
 		var slots []cpuSlot
 		if err := m.run("query-hotpluggable-cpus", nil, &slots); err != nil {
 			return err
@@ -163,13 +178,6 @@ func (i *instance) setCPUs(ctx context.Context, from, to int) error {
 		}
 		return nil
 	})
-	if err != nil {
-		return err
-	}
-	if to > from {
-		return tell()
-	}
-	return nil
 }
 
 func slotNumber(s cpuSlot) int {
@@ -179,8 +187,8 @@ func slotNumber(s cpuSlot) int {
 
 // setMemory gives the guest more memory by a virtio-mem device, which is plugged in the first time, or takes what it was
 // made with by its balloon.
-func (i *instance) setMemory(ctx context.Context, k *known, to int64) error {
-	return i.d.monitored(ctx, i.id, func(m *monitor) error {
+func (d *Driver) setMemory(ctx context.Context, id string, k *known, to int64) error {
+	return d.monitored(ctx, id, func(m *monitor) error {
 		more := (max(to-k.Base, 0) + extraBlock - 1) / extraBlock * extraBlock
 		if more > 0 && !k.Extra {
 			size := (k.MaxMemory - k.Base) / extraBlock * extraBlock
@@ -195,7 +203,7 @@ func (i *instance) setMemory(ctx context.Context, k *known, to int64) error {
 				return errors.Join(err, m.run("object-del", map[string]any{"id": "extra"}, nil))
 			}
 			k.Extra = true
-			if err := i.d.remember(i.id, k); err != nil {
+			if err := d.remember(id, k); err != nil {
 				return err
 			}
 		}

@@ -18,7 +18,6 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
-	"golang.org/x/sys/unix"
 )
 
 // Directories and files of the host's come into a machine by virtiofs: virtiofsd, a process of its own, serves one
@@ -156,12 +155,3 @@ func (d *Driver) serveShares(ctx context.Context, s *isolation.Spec, sh *shares,
 
 // helperOwner marks what the keeper holds that is part of a machine.
 const helperOwner = "vm-helper"
-
-// endShares ends a machine's virtiofsd, if it has one.
-func (d *Driver) endShares(ctx context.Context, id string) error {
-	err := d.keeper.Delete(ctx, keeper.Key{ID: id + shareSuffix})
-	if errdefs.IsNotFound(err) || errors.Is(err, unix.ENOENT) {
-		return nil
-	}
-	return err
-}

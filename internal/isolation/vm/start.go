@@ -9,6 +9,7 @@ import (
 	"syscall"
 
 	"dolium/internal/isolation"
+	"dolium/internal/sparse"
 )
 
 // starting is how a machine comes to run: from a template's state, or by booting, after which the template is made.
@@ -37,7 +38,7 @@ func (d *Driver) memoryOf(m *machine, s *isolation.Spec, key string, as purpose)
 		return starting{then: func() { d.prepareTemplate(key, s) }}, nil
 	default:
 		m.memoryFile, m.incoming = d.memoryPath(s.ID), true
-		if err := copyData(filepath.Join(dir, memoryFile), m.memoryFile); err != nil {
+		if err := sparse.Copy(filepath.Join(dir, memoryFile), m.memoryFile); err != nil {
 			return starting{}, errors.Join(fmt.Errorf("copy a template's memory: %w", err), os.RemoveAll(m.memoryFile))
 		}
 		err := os.Chown(m.memoryFile, userOf(s.ID), userOf(s.ID))

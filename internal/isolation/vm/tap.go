@@ -157,6 +157,9 @@ func makeTap(name string, with netlink.Link, uid int) (err error) {
 	return errors.Join(redirect(with, l), redirect(l, with))
 }
 
+// redirectPriority leaves room for rules that come first.
+const redirectPriority = 10
+
 // redirect hands all that arrives at one interface to the other.
 func redirect(from, to netlink.Link) error {
 	index := from.Attrs().Index
@@ -165,7 +168,7 @@ func redirect(from, to netlink.Link) error {
 		return fmt.Errorf("traffic control on %s: %w", from.Attrs().Name, err)
 	}
 	filter := &netlink.U32{
-		FilterAttrs: netlink.FilterAttrs{LinkIndex: index, Parent: ingress.Handle, Priority: 1, Protocol: unix.ETH_P_ALL},
+		FilterAttrs: netlink.FilterAttrs{LinkIndex: index, Parent: ingress.Handle, Priority: redirectPriority, Protocol: unix.ETH_P_ALL},
 		Actions:     []netlink.Action{netlink.NewMirredAction(to.Attrs().Index)},
 	}
 	if err := netlink.FilterReplace(filter); err != nil {

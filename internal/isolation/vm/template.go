@@ -17,6 +17,7 @@ import (
 
 	"dolium/internal/isolation"
 	"dolium/internal/keeper"
+	"dolium/internal/sparse"
 
 	"github.com/moby/moby/api/types/container"
 	"github.com/vishvananda/netlink"
@@ -154,7 +155,7 @@ func (d *Driver) makeTemplate(ctx context.Context, key string, r container.Resou
 	if err := d.saveState(ctx, id, filepath.Join(tmp, stateFile), false); err != nil {
 		return err
 	}
-	if err := copyData(memory, filepath.Join(tmp, memoryFile)); err != nil {
+	if err := sparse.Copy(memory, filepath.Join(tmp, memoryFile)); err != nil {
 		return err
 	}
 	return os.Rename(tmp, dir)
@@ -290,58 +291,6 @@ func (d *Driver) memoryPath(id string) string {
 	return filepath.Join("/dev/shm", fmt.Sprintf("dolium-%08x-%s.%s", crc32.ChecksumIEEE([]byte(d.config.ExecRoot)), shortName(id), memoryFile))
 }
 
-// copyData copies what is in a file with holes, leaving the holes.
-func copyData(from, to string) error {
-	src, err := os.Open(from)
-	if err != nil {
-		return err
-	}
-	defer src.Close()
-	info, err := src.Stat()
-	if err != nil {
-		return err
-	}
-	dst, err := os.OpenFile(to, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	defer dst.Close()
-	if err := dst.Truncate(info.Size()); err != nil {
-		return err
-	}
-	for at := int64(0); at < info.Size(); {
-		data, err := unix.Seek(int(src.Fd()), at, unix.SEEK_DATA)
-		if errors.Is(err, unix.ENXIO) {
-			break
-		}
-		if err != nil {
-			return err
-		}
-		hole, err := unix.Seek(int(src.Fd()), data, unix.SEEK_HOLE)
-		if err != nil {
-			return err
-		}
-		for off := data; off < hole; {
-			out := off
-			n, err := unix.CopyFileRange(int(src.Fd()), &off, int(dst.Fd()), &out, int(hole-off), 0)
-			if err != nil || n == 0 {
-				if _, err := src.Seek(off, io.SeekStart); err != nil {
-					return err
-				}
-				if _, err := dst.Seek(off, io.SeekStart); err != nil {
-					return err
-				}
-				if _, err := io.CopyN(dst, src, hole-off); err != nil {
-					return err
-				}
-				break
-			}
-		}
-		at = hole
-	}
-	return dst.Close()
-}
-
 // resume has QEMU read a state, which is its standard input, and plugs in what a template's lacks.
 func (d *Driver) resume(ctx context.Context, id string, s *starting) error {
 	return d.monitored(ctx, id, func(m *monitor) error {
@@ -380,7 +329,7 @@ func (d *Driver) resume(ctx context.Context, id string, s *starting) error {
 			if port == 0 {
 				continue // a template's device
 			}
-			if err := m.plugNIC(&n, port); err != nil {
+			if err := m.plugNIC(&n, port, false); err != nil {
 				return err
 			}
 		}

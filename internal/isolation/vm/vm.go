@@ -58,6 +58,7 @@ type Driver struct {
 	bootMu sync.Mutex
 	follower
 	templates templates
+	systems   systems
 }
 
 // New makes a driver that starts machines by the keeper. Nothing of what machines need has to be there yet.
@@ -94,7 +95,7 @@ func (d *Driver) sweep(ctx context.Context) error {
 		held[s.ID], held[shortName(s.ID)] = true, true
 	}
 	for _, s := range states {
-		if s.Owner == helperOwner && s.Exec == "" && !held[strings.TrimSuffix(s.ID, shareSuffix)] {
+		if s.Owner == helperOwner && s.Exec == "" && !held[strings.TrimSuffix(strings.TrimSuffix(s.ID, shareSuffix), tpmSuffix)] {
 			if err := d.keeper.Delete(ctx, s.Key); err != nil && !errdefs.IsNotFound(err) {
 				return err
 			}
@@ -173,6 +174,8 @@ type known struct {
 	BaseCPUs int    `json:"baseCPUs"`
 	Disk     string `json:"disk"`
 	Share    bool   `json:"share,omitempty"`
+	// OS is of a machine with an operating system of its own.
+	OS *knownOS `json:"os,omitempty"`
 }
 
 // managed is a file that the engine keeps for a workload.
@@ -212,9 +215,13 @@ func (d *Driver) Adopt(ctx context.Context, id string) (isolation.Instance, erro
 	if err != nil {
 		return nil, err
 	}
+	k, err := d.recall(id)
+	if err == nil && k.OS != nil {
+		return d.adoptSystem(id, s.PID, k), nil
+	}
 	i := d.instance(id)
 	i.SetPID(s.PID)
-	if k, err := d.recall(id); err == nil {
+	if err == nil {
 		d.follow(id, k.Managed)
 		if s.PID != 0 {
 			go func() { // what changed while no daemon was there
@@ -253,6 +260,7 @@ type instance struct {
 var (
 	_ isolation.Driver       = (*Driver)(nil)
 	_ isolation.DiskRooter   = (*Driver)(nil)
+	_ isolation.Booter       = (*Driver)(nil)
 	_ isolation.Instance     = (*instance)(nil)
 	_ isolation.Pauser       = (*instance)(nil)
 	_ isolation.Networker    = (*instance)(nil)
@@ -268,7 +276,7 @@ func (d *Driver) instance(id string) *instance {
 
 // Delete implements isolation.Instance.
 func (i *instance) Delete(ctx context.Context) error {
-	if err := errors.Join(i.Held.Delete(ctx), i.d.endShares(ctx, i.id)); err != nil {
+	if err := errors.Join(i.Held.Delete(ctx), i.d.endHelper(ctx, i.id, shareSuffix)); err != nil {
 		return err
 	}
 	i.d.unfollow(i.id)

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"dolium/internal/sparse"
+
 	"github.com/moby/moby/api/types/container"
 )
 
@@ -72,7 +74,7 @@ func TestACopyOfDataKeepsHoles(t *testing.T) {
 	if err := f.Truncate(64 << 20); err != nil {
 		t.Fatal(err)
 	}
-	if err := copyData(from, to); err != nil {
+	if err := sparse.Copy(from, to); err != nil {
 		t.Fatal(err)
 	}
 	a, err := os.ReadFile(from)

@@ -1,0 +1,80 @@
+// Package sparse copies large files that are mostly holes, such as disks and memory of virtual machines.
+package sparse
+
+import (
+	"errors"
+	"io"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// Clone copies a file, sharing its blocks where the file system can.
+func Clone(from, to string) error {
+	src, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	dst, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer dst.Close()
+	if unix.IoctlFileClone(int(dst.Fd()), int(src.Fd())) == nil {
+		return dst.Close()
+	}
+	return Copy(from, to)
+}
+
+// Copy copies a file, leaving its holes. The copy is its owner's alone to read.
+func Copy(from, to string) error {
+	src, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	info, err := src.Stat()
+	if err != nil {
+		return err
+	}
+	dst, err := os.OpenFile(to, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer dst.Close()
+	if err := dst.Truncate(info.Size()); err != nil {
+		return err
+	}
+	for at := int64(0); at < info.Size(); {
+		data, err := unix.Seek(int(src.Fd()), at, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		hole, err := unix.Seek(int(src.Fd()), data, unix.SEEK_HOLE)
+		if err != nil {
+			return err
+		}
+		for off := data; off < hole; {
+			out := off
+			n, err := unix.CopyFileRange(int(src.Fd()), &off, int(dst.Fd()), &out, int(hole-off), 0)
+			if err != nil || n == 0 {
+				if _, err := src.Seek(off, io.SeekStart); err != nil {
+					return err
+				}
+				if _, err := dst.Seek(off, io.SeekStart); err != nil {
+					return err
+				}
+				if _, err := io.CopyN(dst, src, hole-off); err != nil {
+					return err
+				}
+				break
+			}
+		}
+		at = hole
+	}
+	return dst.Close()
+}
