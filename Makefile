@@ -25,6 +25,7 @@ build: deps plugins
 	CGO_ENABLED=0 $(GOBUILD) -o bin/dolium-guest ./cmd/dolium-guest
 	CGO_ENABLED=0 $(GOBUILD) -o bin/dolium-guest-files ./cmd/dolium-guest-files
 	@scripts/kernel.sh bin/kernels || echo "virtual machines have no kernel yet, see docs/vm.md" >&2
+	@scripts/novnc.sh bin/novnc || echo "virtual machines have no console in the browser yet, see docs/vm.md" >&2
 
 ## plugins: buildx as it is, and Compose with the old formats of its files
 plugins: deps
@@ -66,7 +67,7 @@ install: build
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install -m 0755 bin/dolium bin/doliumd bin/dolium-keeper bin/dolium-guest bin/dolium-guest-files $(DESTDIR)$(PREFIX)/bin/
 	install -d $(DESTDIR)$(PREFIX)/lib/dolium/cli-plugins
-	cp -r bin/kernels $(DESTDIR)$(PREFIX)/lib/dolium/
+	for d in kernels novnc; do [ ! -d bin/$$d ] || cp -r bin/$$d $(DESTDIR)$(PREFIX)/lib/dolium/; done
 	install -m 0755 bin/cli-plugins/* $(DESTDIR)$(PREFIX)/lib/dolium/cli-plugins/
 	@PREFIX=$(PREFIX) DESTDIR=$(DESTDIR) packaging/install-units.sh
 

@@ -8,6 +8,8 @@ build=(gcc:gcc pkg-config:pkg-config /usr/include/seccomp.h:libseccomp-dev)
 demo=("${build[@]}" mmdebstrap:mmdebstrap curl:curl /bin/busybox:busybox-static ps:procps
   qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils mkfs.ext4:e2fsprogs)
 test=("${demo[@]}" nft:nftables ip:iproute2 iptables:iptables chromium:chromium shellcheck:shellcheck git:git runc:runc crun:crun cpio:cpio
+  syslinux:syslinux /usr/lib/syslinux/mbr/mbr.bin:syslinux-common mcopy:mtools mkfs.vfat:dosfstools objcopy:binutils sfdisk:fdisk
+  /usr/lib/systemd/boot/efi/linuxx64.efi.stub:systemd-boot-efi '/usr/share/OVMF/OVMF_CODE*.fd:ovmf' swtpm:swtpm
   redis-server:redis-server '/usr/lib/postgresql/*/bin/postgres:postgresql')
 
 case "${1:-}" in

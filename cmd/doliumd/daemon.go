@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"fmt"
 	"log/slog"
 	"net"
@@ -13,6 +14,7 @@ import (
 
 	"dolium/internal/api"
 	"dolium/internal/build"
+	"dolium/internal/console"
 	"dolium/internal/daemonconf"
 	"dolium/internal/engine"
 	"dolium/internal/image"
@@ -130,7 +132,16 @@ func serve(cfg *daemonconf.Config, args []string) error {
 	defer builder.Close()
 
 	// The doors open.
-	handler := api.New(api.Config{Version: daemonconf.Version, Experimental: cfg.Experimental, Log: log}, e, builder)
+	secure, err := tlsConfig(cfg)
+	if err != nil {
+		return err
+	}
+	if secure != nil {
+		secure.ClientAuth = tls.NoClientCert // a console's address is what its browser shows
+	}
+	consoles := console.New(console.Config{Address: cfg.ConsoleAddress, TLS: secure, Log: log}, e)
+	defer consoles.Close()
+	handler := api.New(api.Config{Version: daemonconf.Version, Experimental: cfg.Experimental, Log: log}, e, builder, consoles)
 	defer handler.Close()
 	server := startAPI(ctx, handler, listeners, log)
 	defer server.stop()

@@ -40,8 +40,8 @@ type Server struct {
 // connection, so that the client can't take half an answer for a whole one.
 type handler func(w http.ResponseWriter, r *request) error
 
-// New returns a server that answers from e and b.
-func New(cfg Config, e *engine.Engine, b *build.Builder) *Server {
+// New returns a server that answers from e and b, and gives out addresses of consoles.
+func New(cfg Config, e *engine.Engine, b *build.Builder, consoles Consoles) *Server {
 	conns := newConnections(cfg.Log)
 	s := newServer(cfg,
 		notYetRoutes(),
@@ -55,6 +55,7 @@ func New(cfg Config, e *engine.Engine, b *build.Builder) *Server {
 		transferAPI{images: e.Images()}.routes(),
 		networkAPI{engine: e}.routes(),
 		volumeAPI{volumes: e.Volumes()}.routes(),
+		displayAPI{engine: e, consoles: consoles}.routes(),
 	)
 	s.conns = conns
 	return s

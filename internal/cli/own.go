@@ -18,7 +18,7 @@ import (
 
 // ownCommands are Dolium's verbs beside Docker's: what only virtual machines can do.
 func ownCommands() []func(command.Cli) *cobra.Command {
-	return []func(command.Cli) *cobra.Command{cloneCommand, suspendCommand, resumeCommand}
+	return []func(command.Cli) *cobra.Command{cloneCommand, suspendCommand, resumeCommand, vmCommand}
 }
 
 func cloneCommand(dockerCLI command.Cli) *cobra.Command {
@@ -68,32 +68,38 @@ func each(dockerCLI command.Cli, verb, short string) *cobra.Command {
 
 // post makes a request that docker's client has no function for.
 func post(ctx context.Context, dockerCLI command.Cli, path string, answer any) error {
+	body, err := ask(ctx, dockerCLI, http.MethodPost, path)
+	if err != nil || answer == nil {
+		return err
+	}
+	return json.Unmarshal(body, answer)
+}
+
+// ask makes a request and returns what was answered.
+func ask(ctx context.Context, dockerCLI command.Cli, method, path string) ([]byte, error) {
 	api := dockerCLI.Client()
 	client := &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return api.Dialer()(ctx) },
 	}}
-	r, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://dolium/v"+api.ClientVersion()+path, http.NoBody)
+	r, err := http.NewRequestWithContext(ctx, method, "http://dolium/v"+api.ClientVersion()+path, http.NoBody)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	res, err := client.Do(r)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer res.Body.Close()
 	body, err := io.ReadAll(res.Body)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if res.StatusCode >= http.StatusBadRequest {
 		var said struct{ Message string }
 		if json.Unmarshal(body, &said) != nil || said.Message == "" {
 			said.Message = strings.TrimSpace(string(body))
 		}
-		return fmt.Errorf("Error response from daemon: %s", said.Message) //nolint:staticcheck // docker's words
+		return nil, fmt.Errorf("Error response from daemon: %s", said.Message) //nolint:staticcheck // docker's words
 	}
-	if answer == nil {
-		return nil
-	}
-	return json.Unmarshal(body, answer)
+	return body, nil
 }

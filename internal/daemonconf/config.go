@@ -43,8 +43,10 @@ type Config struct {
 	rawLogs             bool
 
 	// TLS is on; TLSVerify demands a certificate of clients. Insecure was said explicitly: serve TCP without it.
-	TLS, TLSVerify, Insecure    bool
-	TLSCACert, TLSCert, TLSKey  string
+	TLS, TLSVerify, Insecure   bool
+	TLSCACert, TLSCert, TLSKey string
+	// ConsoleAddress is where browsers see the screens of virtual machines, "host:port".
+	ConsoleAddress              string
 	HTTPProxy, HTTPSProxy       string
 	NoProxy                     string
 	Labels                      []string
@@ -98,7 +100,8 @@ func New(program string) *Config {
 		MaxConcurrentDownloads: 3, MaxConcurrentUploads: 5, MaxDownloadAttempts: 5,
 		LogDriver: "json-file", LogOpts: map[string]string{}, Runtimes: map[string]system.Runtime{}, CgroupParent: "/dolium",
 		ShmSize: 64 << 20, Ulimits: map[string]*units.Ulimit{}, SeccompProfile: "builtin", MTU: 1500, Builder: defaultBuilder(),
-		ICC: true, IPMasq: true, IPForward: true,
+		ConsoleAddress: "127.0.0.1:0",
+		ICC:            true, IPMasq: true, IPForward: true,
 	}
 	if c.asDockerd() {
 		c.ConfigFile, c.Pidfile = "/etc/docker/daemon.json", "/var/run/docker.pid"

@@ -45,6 +45,8 @@ func (c *Config) working() []*option {
 		{flag: "host", short: "H", key: "hosts", usage: "Daemon socket(s) to listen on", value: listOf(&c.Hosts, checkHost)},
 		{flag: "group", short: "G", usage: "Group for the unix socket (\"dolium\" or \"docker\" where they exist)", value: stringOf(&c.Group)},
 
+		{flag: "console-address", usage: "Address on which browsers see the screens of virtual machines; beyond the loopback interface it takes --tlscert", value: stringOf(&c.ConsoleAddress, notEmpty)},
+
 		{flag: "debug", short: "D", reload: true, usage: "Enable debug mode", value: boolOf(&c.Debug)},
 		{flag: "log-level", short: "l", usage: `Set the logging level ("debug"|"info"|"warn"|"error"|"fatal")`, value: stringOf(&c.LogLevel)},
 		{flag: "log-format", usage: `Set the logging format ("text"|"json")`, value: stringOf(&c.LogFormat)},

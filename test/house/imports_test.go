@@ -17,6 +17,7 @@ var floors = map[string]int{
 	"dolium/internal/cli":                4,
 	"dolium/internal/daemonconf":         4,
 	"dolium/internal/engine":             3,
+	"dolium/internal/console":            3,
 	"dolium/internal/build":              3,
 	"dolium/internal/isolation":          2,
 	"dolium/internal/image":              2,

@@ -10,11 +10,13 @@ import (
 	"net/netip"
 	"os"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/insomniacslk/dhcp/dhcpv4"
+	"github.com/miekg/dns"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
@@ -416,7 +418,47 @@ func (n *neighbours) resolve(f *os.File, frame, ip, udp, question []byte) {
 	})
 }
 
-func (n *neighbours) ask(question []byte) (answer []byte, err error) {
+// searchDomain is a domain in which a guest looks for names that have none, which many resolvers don't ask for otherwise.
+// The name is one that is nobody's (ICANN's resolution 2024.07.29.06).
+const searchDomain = "internal"
+
+// ask answers a question; names in the search domain are those without it.
+func (n *neighbours) ask(question []byte) ([]byte, error) {
+	var q dns.Msg
+	if err := q.Unpack(question); err != nil || len(q.Question) != 1 {
+		return nil, fmt.Errorf("a question that isn't understood: %v", err)
+	}
+	asked := q.Question[0].Name
+	name, within := strings.CutSuffix(strings.ToLower(asked), "."+searchDomain+".")
+	if !within {
+		return n.forward(question)
+	}
+	q.Question[0].Name = name + "."
+	question, err := q.Pack()
+	if err != nil {
+		return nil, err
+	}
+	raw, err := n.forward(question)
+	if err != nil {
+		return nil, err
+	}
+	var a dns.Msg
+	if err := a.Unpack(raw); err != nil {
+		return nil, err
+	}
+	for i := range a.Question {
+		a.Question[i].Name = asked
+	}
+	for _, rr := range a.Answer {
+		if strings.EqualFold(rr.Header().Name, name+".") {
+			rr.Header().Name = asked
+		}
+	}
+	return a.Pack()
+}
+
+// forward hands a question to the networks' resolver in the namespace.
+func (n *neighbours) forward(question []byte) (answer []byte, err error) {
 	const patience = 5 * time.Second
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -458,6 +500,9 @@ func resolversOf(resolvConf []byte) (servers, search []string) {
 		case "search", "domain":
 			search = words[1:]
 		}
+	}
+	if len(search) == 0 && slices.Contains(servers, resolverAddress.String()) {
+		search = []string{searchDomain}
 	}
 	return servers, search
 }

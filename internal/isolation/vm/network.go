@@ -168,6 +168,7 @@ func (d *Driver) Close() {
 	d.templates.cancel()
 	d.templates.wg.Wait()
 	d.watcher.Close()
+	d.endNeighbours()
 }
 
 // push copies a file into its machine.

@@ -256,6 +256,17 @@ func (d *Driver) unneighbour(id string) {
 	}
 }
 
+// endNeighbours ends serving all machines' neighbours; the machines go on.
+func (d *Driver) endNeighbours() {
+	d.systems.mu.Lock()
+	all := d.systems.neighbours
+	d.systems.neighbours = nil
+	d.systems.mu.Unlock()
+	for _, n := range all {
+		n.end()
+	}
+}
+
 // adoptSystem goes on with a machine that an earlier daemon started.
 func (d *Driver) adoptSystem(id string, pid int, k *known) *system {
 	i := d.system(id)

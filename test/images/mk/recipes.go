@@ -87,6 +87,10 @@ func recipes() []recipe {
 			name: "hello-small", tags: []string{"my_first_image:latest"}, base: "busybox", note: "the lecture's first image, from busybox",
 			config: ocispec.ImageConfig{Cmd: []string{"echo", "Hello World"}}, ingredients: nothing, layers: noLayers,
 		},
+		{
+			name: "machine", tags: []string{"debian-machine:latest"}, note: system.Name + " on a disk, with its kernel",
+			ingredients: machineIngredients, layers: machineLayers,
+		},
 		program(recipe{
 			name: "voting-app", tags: []string{"voting-app:latest"}, note: "the voting app's page to vote",
 			config: ocispec.ImageConfig{Cmd: []string{"/vote"}, ExposedPorts: set{"80/tcp": {}}},
