@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"sync"
 	"testing"
 	"time"
@@ -198,20 +199,20 @@ func TestAPersonVotesInABrowser(t *testing.T) {
 	run("see it changed", ctx, shows("#b-count", "1"), shows("#a-count", "0"), shows("#total", "1"))
 }
 
-// browser starts Chromium outside of the host and returns the context of its first tab.
+// browser starts Chromium in a namespace and returns the context of its first tab.
 func browser(t *testing.T, ns *host.Namespace, path string) context.Context {
 	t.Helper()
 	const devtools = "127.0.0.1:9222"
 	cmd := exec.Command(path, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
 		"--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--user-data-dir="+t.TempDir(), "--remote-debugging-port=9222", "about:blank")
 	cmd.Env = append(os.Environ(), "HOME="+t.TempDir())
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := ns.Start(cmd); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		_ = cmd.Process.Kill()
+		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
 		_ = cmd.Wait()
-		ns.KillAll()
 	})
 	way, err := ns.Forward(devtools)
 	if err != nil {

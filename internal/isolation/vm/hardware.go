@@ -133,11 +133,11 @@ func (h *hardware) addDisks(add func(option, format string, args ...any)) {
 	}
 	readOnly := func(b *baseDisk, node string) {
 		add("-blockdev", "driver=file,node-name=%s-file,filename=%s,read-only=on,auto-read-only=off", node, escape(b.path))
-		format := "driver=" + b.format
 		if b.format == "qcow2" {
-			format += ",backing="
+			add("-blockdev", `{"driver":"qcow2","node-name":%q,"file":"%s-file","read-only":true,"backing":null}`, node, node)
+			return
 		}
-		add("-blockdev", "%s,node-name=%s,file=%s-file,read-only=on", format, node, node)
+		add("-blockdev", "driver=raw,node-name=%s,file=%s-file,read-only=on", node, node)
 	}
 	backing := ""
 	if b := h.disks.base; b != nil {

@@ -35,7 +35,9 @@ func seedFiles(s *isolation.Spec, o *osOptions, network *guest.Network, servers 
 		"updates": map[string]any{"network": map[string]any{"when": []string{"boot"}}},
 	}
 	if o.user != "" {
-		vendor["user"] = o.user
+		vendor["users"] = []any{map[string]any{
+			"name": o.user, "sudo": "ALL=(ALL) NOPASSWD:ALL", "shell": "/bin/bash", "lock_passwd": true, "ssh_authorized_keys": o.keys,
+		}}
 	}
 	metaData, err := yaml.Marshal(meta)
 	if err != nil {

@@ -15,6 +15,7 @@ vmlinuz=$(echo root/boot/vmlinuz-*)
 initrd=$(echo root/boot/initrd.img-*)
 echo 'LABEL=root / ext4 defaults 0 1' >root/etc/fstab
 : >root/etc/machine-id
+echo 'locale: false' >root/etc/cloud/cloud.cfg.d/90-locale.cfg
 rm -f root/etc/resolv.conf && ln -s ../run/systemd/resolve/stub-resolv.conf root/etc/resolv.conf
 rm -f root/etc/ssh/ssh_host_* root/etc/hostname
 
