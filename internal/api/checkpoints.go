@@ -44,6 +44,15 @@ func (a containerAPI) resume(w http.ResponseWriter, r *request) error {
 	return noContent(w, a.engine.ContainerResume(r.orders(), r.name))
 }
 
+// annotate is POST /containers/CONTAINER/annotations, with those to be changed; empty ones are taken away.
+func (a containerAPI) annotate(w http.ResponseWriter, r *request) error {
+	var set map[string]string
+	if err := r.json(&set); err != nil {
+		return err
+	}
+	return noContent(w, a.engine.ContainerAnnotate(r.orders(), r.name, set))
+}
+
 func (a containerAPI) clone(w http.ResponseWriter, r *request) error {
 	id, err := a.engine.ContainerClone(r.orders(), r.name, r.query.Get("name"))
 	if err != nil {

@@ -18,6 +18,7 @@ type containerEngine interface {
 	ContainerCreate(context.Context, engine.CreateOptions) (container.CreateResponse, error)
 	ContainerStart(ctx context.Context, ref string) error
 	ContainerStartFrom(ctx context.Context, ref, checkpointDir, checkpoint string) error
+	ContainerAnnotate(ctx context.Context, ref string, set map[string]string) error
 	CheckpointCreate(ctx context.Context, ref string, req checkpoint.CreateRequest) error
 	CheckpointList(ctx context.Context, ref, dir string) ([]checkpoint.Summary, error)
 	CheckpointDelete(ctx context.Context, ref, dir, name string) error
@@ -66,6 +67,7 @@ func (a containerAPI) routes() []route {
 		{"POST", "/containers/{name}/suspend", a.suspend},
 		{"POST", "/containers/{name}/resume", a.resume},
 		{"POST", "/containers/{name}/clone", a.clone},
+		{"POST", "/containers/{name}/annotations", a.annotate},
 		{"POST", "/containers/{name}/resize", a.resize},
 		{"DELETE", "/containers/{name}", a.remove},
 		{"POST", "/commit", a.commit},

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -68,38 +69,47 @@ func each(dockerCLI command.Cli, verb, short string) *cobra.Command {
 
 // post makes a request that docker's client has no function for.
 func post(ctx context.Context, dockerCLI command.Cli, path string, answer any) error {
-	body, err := ask(ctx, dockerCLI, http.MethodPost, path)
+	body, err := ask(ctx, dockerCLI, http.MethodPost, path, nil)
 	if err != nil || answer == nil {
 		return err
 	}
 	return json.Unmarshal(body, answer)
 }
 
-// ask makes a request and returns what was answered.
-func ask(ctx context.Context, dockerCLI command.Cli, method, path string) ([]byte, error) {
+// ask makes a request, with a value as JSON unless that is nil, and returns what was answered.
+func ask(ctx context.Context, dockerCLI command.Cli, method, path string, value any) ([]byte, error) {
 	api := dockerCLI.Client()
 	client := &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return api.Dialer()(ctx) },
 	}}
-	r, err := http.NewRequestWithContext(ctx, method, "http://dolium/v"+api.ClientVersion()+path, http.NoBody)
+	var body io.Reader = http.NoBody
+	if value != nil {
+		b, err := json.Marshal(value)
+		if err != nil {
+			return nil, err
+		}
+		body = bytes.NewReader(b)
+	}
+	r, err := http.NewRequestWithContext(ctx, method, "http://dolium/v"+api.ClientVersion()+path, body)
 	if err != nil {
 		return nil, err
 	}
+	r.Header.Set("Content-Type", "application/json")
 	res, err := client.Do(r)
 	if err != nil {
 		return nil, err
 	}
 	defer res.Body.Close()
-	body, err := io.ReadAll(res.Body)
+	answer, err := io.ReadAll(res.Body)
 	if err != nil {
 		return nil, err
 	}
 	if res.StatusCode >= http.StatusBadRequest {
 		var said struct{ Message string }
-		if json.Unmarshal(body, &said) != nil || said.Message == "" {
-			said.Message = strings.TrimSpace(string(body))
+		if json.Unmarshal(answer, &said) != nil || said.Message == "" {
+			said.Message = strings.TrimSpace(string(answer))
 		}
 		return nil, fmt.Errorf("Error response from daemon: %s", said.Message) //nolint:staticcheck // docker's words
 	}
-	return body, nil
+	return answer, nil
 }

@@ -22,7 +22,7 @@ func vmCommand(dockerCLI command.Cli) *cobra.Command {
 	cmd.AddCommand(
 		vmMachine(dockerCLI, "create", "Create a virtual machine from a machine image or from an installation's ISO"),
 		vmMachine(dockerCLI, "run", "Create a virtual machine and start it"),
-		vmImport(dockerCLI), vmConsole(dockerCLI), vmScreenshot(dockerCLI),
+		vmLimit(dockerCLI), vmImport(dockerCLI), vmConsole(dockerCLI), vmScreenshot(dockerCLI),
 	)
 	return cmd
 }
@@ -46,12 +46,44 @@ listens for browsers. (The serial console is what "docker attach" shows.)`,
 	}
 }
 
+func vmLimit(dockerCLI command.Cli) *cobra.Command {
+	var iops, disk, net string
+	cmd := &cobra.Command{
+		Use: "limit [OPTIONS] CONTAINER", Args: cli.ExactArgs(1),
+		Short: "Limit what a virtual machine's disk and interfaces do, also while it runs",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			set := map[string]string{}
+			for flag, value := range map[string]string{"disk-iops": iops, "disk-bandwidth": disk, "net-bandwidth": net} {
+				if cmd.Flags().Changed(flag) {
+					if value == "0" {
+						value = "" // none
+					}
+					set["dolium.vm."+flag] = value
+				}
+			}
+			if len(set) == 0 {
+				return errors.New("say a limit: --disk-iops, --disk-bandwidth or --net-bandwidth; 0 takes one away")
+			}
+			if _, err := ask(cmd.Context(), dockerCLI, http.MethodPost, "/containers/"+url.PathEscape(args[0])+"/annotations", set); err != nil {
+				return err
+			}
+			fmt.Fprintln(dockerCLI.Out(), args[0])
+			return nil
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&iops, "disk-iops", "", "Operations of the disk per second (0: no limit)")
+	f.StringVar(&disk, "disk-bandwidth", "", "Bytes of the disk per second, such as 50m (0: no limit)")
+	f.StringVar(&net, "net-bandwidth", "", "Bytes per second of each interface in each direction, such as 10m (0: no limit)")
+	return cmd
+}
+
 func vmScreenshot(dockerCLI command.Cli) *cobra.Command {
 	return &cobra.Command{
 		Use: "screenshot CONTAINER FILE", Args: cli.ExactArgs(2),
 		Short: `Write what a machine's screen shows to a PNG file ("-": to the output)`,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			picture, err := ask(cmd.Context(), dockerCLI, http.MethodGet, "/containers/"+url.PathEscape(args[0])+"/screenshot")
+			picture, err := ask(cmd.Context(), dockerCLI, http.MethodGet, "/containers/"+url.PathEscape(args[0])+"/screenshot", nil)
 			if err != nil {
 				return err
 			}

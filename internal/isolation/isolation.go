@@ -109,6 +109,12 @@ type Checkpointer interface {
 	Checkpoint(ctx context.Context, dir string, disk, exit bool) error
 }
 
+// Limiter is the role of workloads whose input and output can be limited by annotations; Limit applies them as they are now.
+// Error: ErrInvalidArgument.
+type Limiter interface {
+	Limit(ctx context.Context, annotations map[string]string) error
+}
+
 // Describer is the role of drivers that have something to say in `docker info`: titles and texts.
 type Describer interface {
 	Describe(ctx context.Context) [][2]string

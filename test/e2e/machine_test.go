@@ -196,12 +196,23 @@ func TestDisksAndCDsBecomeMachines(t *testing.T) {
 		if got := d.Inspect("tiny", "{{.State.Status}} {{.RestartCount}}"); got != "running 0" {
 			t.Errorf("after the daemon was killed: %s", got)
 		}
+		// Limits, while it runs.
+		d.OK("vm", "limit", "--disk-iops", "100", "--disk-bandwidth", "1m", "--net-bandwidth", "2m", "tiny")
+		if got := d.Inspect("tiny", `{{index .HostConfig.Annotations "dolium.vm.disk-bandwidth"}}`); got != "1m" {
+			t.Errorf("limit: %q", got)
+		}
+		d.Fails(1, "at least 4096", "vm", "limit", "--disk-bandwidth", "5", "tiny")
+		d.Fails(1, "say a limit", "vm", "limit", "tiny")
+		d.OK("vm", "limit", "--disk-iops", "0", "--disk-bandwidth", "0", "--net-bandwidth", "0", "tiny")
 		d.OK("pause", "tiny")
 		d.OK("unpause", "tiny")
 		d.Fails(1, "means nothing", "kill", "-s", "USR1", "tiny")
 		d.Fails(1, "only that system reads", "cp", "tiny:/etc/passwd", dir)
-		d.Fails(126, "has no agent that answers", "exec", "tiny", "true")
-		d.Fails(1, "no terminal or input", "exec", "-t", "tiny", "true")
+		for flag, want := range map[string]string{"-d=false": "has no agent that answers", "-t": "no terminal or input"} {
+			if r := d.Run("exec", flag, "tiny", "true"); r.Code != 126 || !strings.Contains(r.Stdout, want) {
+				t.Errorf("exec %s: %d, %q", flag, r.Code, r.Stdout)
+			}
+		}
 		// Nobody in it hears the power button.
 		d.OK("stop", "-t", "1", "tiny")
 		if got := d.Inspect("tiny", "{{.State.Status}} {{.State.ExitCode}}"); got != "exited 137" {

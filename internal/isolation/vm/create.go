@@ -89,7 +89,11 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 			err = errors.Join(err, os.RemoveAll(d.runDir(s.ID)))
 		}
 	}()
-	nics, network, err := wire(s.NetNS, user)
+	io, err := parseIOLimits(s.Host.Annotations)
+	if err != nil {
+		return nil, err
+	}
+	nics, network, err := wire(s.NetNS, user, io.NetBandwidth)
 	if err != nil {
 		return nil, err
 	}
@@ -145,7 +149,7 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 	}
 	k := &known{
 		NetNS: s.NetNS, User: user, CPUs: m.cpus, Max: m.maxCPUs, Memory: m.memory, Base: m.memory, MaxMemory: m.maxMemory, Process: inherited(first), Managed: files,
-		NICs: map[string]int{}, DNS: network.DNS, Board: m.board, Boot: m.boot.name, BaseCPUs: m.cpus, Disk: m.upper, Share: m.share,
+		NICs: map[string]int{}, DNS: network.DNS, Board: m.board, Boot: m.boot.name, BaseCPUs: m.cpus, Disk: m.upper, Share: m.share, IO: io,
 	}
 	for i, n := range m.nics {
 		k.NICs[n.tap] = m.ports[i]

@@ -23,7 +23,7 @@ func (i *instance) NetworkChanged(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	nics, network, err := wire(k.NetNS, k.User)
+	nics, network, err := k.wire()
 	if err != nil {
 		return err
 	}

@@ -51,6 +51,7 @@ func parseOptions(annotations, labels map[string]string) (o osOptions, err error
 		}
 		switch name {
 		case optionFirmware, optionDevices, optionOS, optionTPM, optionUser, optionKeys, optionUserData:
+		case optionDiskIOPS, optionDiskBandwidth, optionNetBandwidth:
 		default:
 			return o, invalid("unknown annotation %s", name)
 		}

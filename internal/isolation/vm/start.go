@@ -48,6 +48,28 @@ func (d *Driver) memoryOf(m *machine, s *isolation.Spec, key string, as purpose)
 
 // Start implements isolation.Instance.
 func (i *instance) Start(ctx context.Context) error {
+	if err := i.run(ctx); err != nil {
+		return err
+	}
+	return i.d.throttled(ctx, i.id)
+}
+
+// Limit implements isolation.Limiter.
+func (i *instance) Limit(ctx context.Context, annotations map[string]string) error {
+	return i.d.limit(ctx, i.id, annotations)
+}
+
+// throttled limits the disk of a machine that has just started, if that was asked.
+func (d *Driver) throttled(ctx context.Context, id string) error {
+	k, err := d.recall(id)
+	if err != nil || k.IO.IOPS+k.IO.DiskBandwidth == 0 {
+		return err
+	}
+	return d.throttleDisk(ctx, id, k.IO)
+}
+
+// run has the machine run its process.
+func (i *instance) run(ctx context.Context) error {
 	if i.start.state == "" {
 		err := i.Held.Start(ctx)
 		if err == nil && i.start.then != nil {

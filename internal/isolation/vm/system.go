@@ -54,6 +54,7 @@ var (
 	_ isolation.Pauser    = (*system)(nil)
 	_ isolation.Networker = (*system)(nil)
 	_ isolation.Displayer = (*system)(nil)
+	_ isolation.Limiter   = (*system)(nil)
 )
 
 func (d *Driver) system(id string) *system {
@@ -113,7 +114,11 @@ func (d *Driver) createSystem(ctx context.Context, s *isolation.Spec) (_ *system
 			err = errors.Join(err, os.RemoveAll(d.runDir(s.ID)))
 		}
 	}()
-	nics, network, err := wire(s.NetNS, user)
+	io, err := parseIOLimits(s.Host.Annotations)
+	if err != nil {
+		return nil, err
+	}
+	nics, network, err := wire(s.NetNS, user, io.NetBandwidth)
 	if err != nil {
 		return nil, err
 	}
@@ -147,7 +152,7 @@ func (d *Driver) createSystem(ctx context.Context, s *isolation.Spec) (_ *system
 	}
 	k := &known{
 		NetNS: s.NetNS, User: user, CPUs: h.cpus, Max: h.maxCPUs, Memory: h.memory, Base: h.memory, MaxMemory: h.maxMemory, NICs: map[string]int{},
-		Board: h.board, BaseCPUs: h.cpus, Disk: h.disks.upper,
+		Board: h.board, BaseCPUs: h.cpus, Disk: h.disks.upper, IO: io,
 		OS: &knownOS{Emulated: h.emulated, Hostname: s.Hostname, Servers: servers, Search: search},
 	}
 	for i, n := range nics {
@@ -274,7 +279,7 @@ func (d *Driver) adoptSystem(id string, pid int, k *known) *system {
 	if pid == 0 {
 		return i
 	}
-	nics, network, err := wire(k.NetNS, k.User)
+	nics, network, err := k.wire()
 	if err == nil {
 		err = d.greet(id, k, nics, leases(k.OS.Hostname, nics, network, k.OS.Servers, k.OS.Search))
 	}
@@ -290,7 +295,7 @@ func (i *system) NetworkChanged(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	nics, network, err := wire(k.NetNS, k.User)
+	nics, network, err := k.wire()
 	if err != nil {
 		return err
 	}
@@ -301,6 +306,19 @@ func (i *system) NetworkChanged(ctx context.Context) error {
 		return err
 	}
 	return i.d.remember(i.id, k)
+}
+
+// Start implements isolation.Instance.
+func (i *system) Start(ctx context.Context) error {
+	if err := i.Held.Start(ctx); err != nil {
+		return err
+	}
+	return i.d.throttled(ctx, i.id)
+}
+
+// Limit implements isolation.Limiter.
+func (i *system) Limit(ctx context.Context, annotations map[string]string) error {
+	return i.d.limit(ctx, i.id, annotations)
 }
 
 // Signal implements isolation.Instance: what ends a program presses the machine's power button, until it is off. SIGKILL

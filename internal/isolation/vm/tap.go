@@ -31,8 +31,8 @@ type nic struct {
 }
 
 // wire connects the interfaces of a network namespace with taps of their own, which belong to uid, and describes them.
-// Interfaces that are connected already stay so. Taps of interfaces that have gone are removed.
-func wire(path string, uid int) ([]nic, *guest.Network, error) {
+// What each may do is limited in bytes per second, unless that is 0. Interfaces that are connected already stay so. Taps of interfaces that have gone are removed.
+func wire(path string, uid int, bandwidth int64) ([]nic, *guest.Network, error) {
 	network := &guest.Network{}
 	if path == "" {
 		return nil, network, nil
@@ -62,6 +62,13 @@ func wire(path string, uid int) ([]nic, *guest.Network, error) {
 				if err := makeTap(n.tap, l, uid); err != nil {
 					return fmt.Errorf("connect %s: %w", at.Name, err)
 				}
+			}
+			tap, err := netlink.LinkByName(n.tap)
+			if err != nil {
+				return err
+			}
+			if err := errors.Join(throttleNIC(tap, bandwidth), throttleNIC(l, bandwidth)); err != nil {
+				return err
 			}
 			delete(taps, n.tap)
 			nics = append(nics, n)

@@ -29,6 +29,9 @@ func Validate(cfg *container.Config, host *container.HostConfig) (warnings []str
 	if err := checkStorage(host.StorageOpt); err != nil {
 		return warnings, err
 	}
+	if _, err := parseIOLimits(host.Annotations); err != nil {
+		return warnings, err
+	}
 	const own = "a virtual machine has a kernel of its own"
 	switch {
 	case host.Privileged:

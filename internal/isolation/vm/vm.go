@@ -169,13 +169,19 @@ type known struct {
 	DNS  bool           `json:"dns,omitempty"`
 	// Board and Boot are the machine's type and what it was booted with, BaseCPUs how many CPUs it was made with, Disk its
 	// writable one; Share says that it has directories of the host's.
-	Board    string `json:"board"`
-	Boot     string `json:"boot"`
-	BaseCPUs int    `json:"baseCPUs"`
-	Disk     string `json:"disk"`
-	Share    bool   `json:"share,omitempty"`
+	Board    string   `json:"board"`
+	Boot     string   `json:"boot"`
+	BaseCPUs int      `json:"baseCPUs"`
+	Disk     string   `json:"disk"`
+	Share    bool     `json:"share,omitempty"`
+	IO       ioLimits `json:"io,omitzero"`
 	// OS is of a machine with an operating system of its own.
 	OS *knownOS `json:"os,omitempty"`
+}
+
+// wire connects the machine's interfaces as they are now, see the function.
+func (k *known) wire() ([]nic, *guest.Network, error) {
+	return wire(k.NetNS, k.User, k.IO.NetBandwidth)
 }
 
 // managed is a file that the engine keeps for a workload.
@@ -265,6 +271,7 @@ var (
 	_ isolation.Pauser       = (*instance)(nil)
 	_ isolation.Networker    = (*instance)(nil)
 	_ isolation.Checkpointer = (*instance)(nil)
+	_ isolation.Limiter      = (*instance)(nil)
 	_ isolation.Filer        = (*Driver)(nil)
 	_ isolation.Lister       = (*instance)(nil)
 	_ isolation.Describer    = (*Driver)(nil)

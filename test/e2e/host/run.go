@@ -94,8 +94,10 @@ func newRun() (*run, error) {
 	if err := os.Symlink(filepath.Join(from, "cli-plugins"), filepath.Join(r.bin, "cli-plugins")); err != nil {
 		return nil, err
 	}
-	if err := os.Symlink(filepath.Join(from, "kernels"), filepath.Join(r.bin, "kernels")); err != nil {
-		return nil, err
+	for _, dir := range []string{"kernels", "novnc"} {
+		if err := os.Symlink(filepath.Join(from, dir), filepath.Join(r.bin, dir)); err != nil {
+			return nil, err
+		}
 	}
 	if r.docker, err = dockerCLI(root); err != nil {
 		return nil, err
