@@ -16,6 +16,7 @@ import (
 
 	"github.com/moby/moby/client"
 
+	"dolium/internal/guest"
 	"dolium/internal/isolation/vm"
 )
 
@@ -273,7 +274,7 @@ func bareInitramfs(to string) error {
 	a.File("start", 0o755, []byte(bareInit))
 	a.Dir("modules")
 	var order []string
-	for _, name := range vm.Modules() {
+	for _, name := range guest.Modules() {
 		ko, err := os.ReadFile(filepath.Join(kernels[0], name+".ko"))
 		if err != nil {
 			continue // built in

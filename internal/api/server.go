@@ -47,6 +47,7 @@ func New(cfg Config, e *engine.Engine, b *build.Builder, consoles Consoles) *Ser
 		notYetRoutes(),
 		systemAPI{engine: e, builder: b}.routes(),
 		buildAPI{builder: b, conns: conns}.routes(),
+		machineAPI{engine: e, consoles: consoles}.routes(), // before containers, whose names can be anything
 		containerAPI{engine: e}.routes(),
 		streamAPI{engine: e, conns: conns}.routes(),
 		archiveAPI{engine: e}.routes(),
@@ -55,7 +56,6 @@ func New(cfg Config, e *engine.Engine, b *build.Builder, consoles Consoles) *Ser
 		transferAPI{images: e.Images()}.routes(),
 		networkAPI{engine: e}.routes(),
 		volumeAPI{volumes: e.Volumes()}.routes(),
-		displayAPI{engine: e, consoles: consoles}.routes(),
 	)
 	s.conns = conns
 	return s

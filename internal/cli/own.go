@@ -76,14 +76,16 @@ func post(ctx context.Context, dockerCLI command.Cli, path string, answer any) e
 	return json.Unmarshal(body, answer)
 }
 
-// ask makes a request, with a value as JSON unless that is nil, and returns what was answered.
+// ask makes a request, with a value as JSON, or a reader as it is, unless that is nil, and returns what was answered.
 func ask(ctx context.Context, dockerCLI command.Cli, method, path string, value any) ([]byte, error) {
 	api := dockerCLI.Client()
 	client := &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return api.Dialer()(ctx) },
 	}}
 	var body io.Reader = http.NoBody
-	if value != nil {
+	if raw, ok := value.(io.Reader); ok {
+		body = raw
+	} else if value != nil {
 		b, err := json.Marshal(value)
 		if err != nil {
 			return nil, err

@@ -22,7 +22,7 @@ func vmCommand(dockerCLI command.Cli) *cobra.Command {
 	cmd.AddCommand(
 		vmMachine(dockerCLI, "create", "Create a virtual machine from a machine image or from an installation's ISO"),
 		vmMachine(dockerCLI, "run", "Create a virtual machine and start it"),
-		vmLimit(dockerCLI), vmImport(dockerCLI), vmConsole(dockerCLI), vmScreenshot(dockerCLI),
+		vmLimit(dockerCLI), vmSnapshot(dockerCLI), vmKernel(dockerCLI), vmImport(dockerCLI), vmConsole(dockerCLI), vmScreenshot(dockerCLI),
 	)
 	return cmd
 }

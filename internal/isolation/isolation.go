@@ -115,6 +115,34 @@ type Limiter interface {
 	Limit(ctx context.Context, annotations map[string]string) error
 }
 
+// Snapshotter is the role of drivers whose workloads' disks can be put back to how they were.
+type Snapshotter interface {
+	// Snapshot copies what a workload has written to its disks, also while it runs, into a directory that doesn't exist yet.
+	Snapshot(ctx context.Context, id string, running bool, disk *Disk, dir string) error
+	// Revert puts the disks of a workload that doesn't run back to how they were when Snapshot made dir.
+	Revert(ctx context.Context, disk *Disk, dir string) error
+}
+
+// Kernel is a guest kernel.
+type Kernel struct {
+	Name string
+	// Default says that workloads have it which choose none, Own that it was added and can be removed.
+	Default, Own bool
+}
+
+// Kerneler is the role of drivers whose workloads have kernels of their own.
+type Kerneler interface {
+	// Kernels lists guest kernels, the newest first.
+	Kernels() ([]Kernel, error)
+	// AddKernel takes a kernel from an archive with the file vmlinuz and modules below modules/. Errors: ErrInvalidArgument,
+	// ErrAlreadyExists.
+	AddKernel(name string, archive io.Reader) error
+	// RemoveKernel forgets a kernel that was added, and UseKernel makes one the default; without a name that is the newest
+	// again. Error: ErrNotFound.
+	RemoveKernel(name string) error
+	UseKernel(name string) error
+}
+
 // Describer is the role of drivers that have something to say in `docker info`: titles and texts.
 type Describer interface {
 	Describe(ctx context.Context) [][2]string

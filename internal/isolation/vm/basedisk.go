@@ -117,7 +117,7 @@ func (d *Driver) osUpper(ctx context.Context, root *isolation.Disk, base *baseDi
 	if _, err := os.Stat(path); err == nil {
 		return path, nil
 	}
-	args := []string{"create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on"}
+	args := []string{"create", "-q", "-f", "qcow2"}
 	if base != nil {
 		if size != 0 && size < base.size {
 			return "", invalid("--storage-opt size=%dM is less than the %d MB that the disk of the image has", size>>20, base.size>>20)

@@ -54,7 +54,7 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 	if err != nil {
 		return nil, err
 	}
-	from, err := d.kernel()
+	from, err := d.kernel(s.Host.Annotations[optionKernel])
 	if err != nil {
 		return nil, err
 	}

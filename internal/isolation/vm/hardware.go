@@ -69,7 +69,7 @@ func (h *hardware) args() []string {
 	add("-chardev", "socket,id=agent,path=%s,server=on,wait=off", filepath.Join(h.dir, agentSocket))
 	device("virtserialport,bus=serial.0,chardev=agent,name=org.qemu.guest_agent.0")
 
-	// Screen, keyboard, pointer, clipboard.
+	// Screen, pointer, clipboard. The keyboard is the board's, which every system knows.
 	if h.emulated || h.windows {
 		device("VGA,id=screen,vgamem_mb=32,addr=1")
 	} else {
@@ -78,7 +78,6 @@ func (h *hardware) args() []string {
 	add("-vnc", "unix:%s", filepath.Join(h.dir, displaySocket))
 	device("qemu-xhci,id=usb,addr=8")
 	device("usb-tablet,bus=usb.0")
-	device("usb-kbd,bus=usb.0")
 	a = append(a, "-chardev", "qemu-vdagent,id=clipboard,name=vdagent,clipboard=on")
 	device("virtserialport,bus=serial.0,chardev=clipboard,name=com.redhat.spice.0")
 

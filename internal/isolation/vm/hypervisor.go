@@ -105,10 +105,10 @@ func (d *Driver) Describe(ctx context.Context) [][2]string {
 	} else {
 		out = append(out, [2]string{"Hypervisor", fmt.Sprintf("QEMU %d.%d", q.major, q.minor)})
 	}
-	if k, err := d.kernel(); err != nil {
+	if k, err := d.kernel(""); err != nil {
 		out = append(out, [2]string{"Guest kernel", err.Error()})
 	} else {
-		out = append(out, [2]string{"Guest kernel", k.Name})
+		out = append(out, [2]string{"Guest kernel", k.name})
 	}
 	return out
 }

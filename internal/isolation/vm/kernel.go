@@ -2,6 +2,7 @@ package vm
 
 import (
 	"bytes"
+	"cmp"
 	"compress/gzip"
 	"crypto/sha256"
 	"encoding/binary"
@@ -27,25 +28,14 @@ import (
 // as far as machines need them and they aren't built in. Kernels are looked for in vm/kernels below the data
 // root, beside the daemon's program and below lib/dolium of its prefix; the newest wins.
 
-// Kernel is one guest kernel.
-type Kernel struct {
-	Name string
-	Dir  string
+// kernel is one guest kernel.
+type kernel struct {
+	name, dir string
 }
 
-// modules are what a machine needs, in the order in which they can be loaded. A kernel may have any of them built in.
-var modules = []string{
-	"virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_blk", "failover",
-	"net_failover", "virtio_net", "virtio_console", "overlay", "rng-core", "virtio-rng", "virtio_balloon", "virtio_mem",
-	"fuse", "virtiofs",
-}
-
-// Modules are the names of the kernel modules that machines need, as far as a kernel has them as modules.
-func Modules() []string { return slices.Clone(modules) }
-
-// Kernels lists the guest kernels there are, the newest first.
-func (d *Driver) Kernels() ([]Kernel, error) {
-	var all []Kernel
+// kernels lists the guest kernels there are, the newest first.
+func (d *Driver) kernels() ([]kernel, error) {
+	var all []kernel
 	for _, dir := range d.kernelDirs() {
 		entries, err := os.ReadDir(dir)
 		if errors.Is(err, os.ErrNotExist) {
@@ -55,18 +45,18 @@ func (d *Driver) Kernels() ([]Kernel, error) {
 			return nil, err
 		}
 		for _, e := range entries {
-			k := Kernel{Name: e.Name(), Dir: filepath.Join(dir, e.Name())}
-			if _, err := os.Stat(filepath.Join(k.Dir, "vmlinuz")); err == nil && !slices.ContainsFunc(all, func(o Kernel) bool { return o.Name == k.Name }) {
+			k := kernel{name: e.Name(), dir: filepath.Join(dir, e.Name())}
+			if _, err := os.Stat(filepath.Join(k.dir, "vmlinuz")); err == nil && k.name[0] != '.' && !slices.ContainsFunc(all, func(o kernel) bool { return o.name == k.name }) {
 				all = append(all, k)
 			}
 		}
 	}
-	slices.SortStableFunc(all, func(a, b Kernel) int { return compareVersions(b.Name, a.Name) })
+	slices.SortStableFunc(all, func(a, b kernel) int { return compareVersions(b.name, a.name) })
 	return all, nil
 }
 
 func (d *Driver) kernelDirs() []string {
-	dirs := []string{filepath.Join(d.config.DataRoot, "vm", "kernels")}
+	dirs := []string{d.ownKernels()}
 	if self, err := os.Executable(); err == nil {
 		bin := filepath.Dir(self)
 		dirs = append(dirs, filepath.Join(bin, "kernels"), filepath.Join(bin, "..", "lib", "dolium", "kernels"))
@@ -94,15 +84,27 @@ func compareVersions(a, b string) int {
 	return strings.Compare(a, b)
 }
 
-// kernel chooses the guest kernel. Error: ErrFailedPrecondition when there is none.
-func (d *Driver) kernel() (Kernel, error) {
-	all, err := d.Kernels()
+// optionKernel chooses a guest kernel for a machine of a container's image.
+const optionKernel = "dolium.vm.kernel"
+
+// kernel finds a guest kernel, the default when no name is given. Error: ErrFailedPrecondition when there is none.
+func (d *Driver) kernel(name string) (kernel, error) {
+	all, err := d.kernels()
 	if err != nil {
-		return Kernel{}, err
+		return kernel{}, err
 	}
 	if len(all) == 0 {
-		return Kernel{}, fault.New(errdefs.ErrFailedPrecondition,
-			"virtual machines need a guest kernel, and there is none: scripts/kernel.sh fetches the distribution's into a directory, such as %s", filepath.Join(d.config.DataRoot, "vm", "kernels"))
+		return kernel{}, fault.New(errdefs.ErrFailedPrecondition,
+			"virtual machines need a guest kernel, and there is none: scripts/kernel.sh fetches the distribution's into a directory, such as %s, and `dolium vm kernel add` takes any", d.ownKernels())
+	}
+	chosen := cmp.Or(name, d.defaultKernel())
+	for _, k := range all {
+		if k.name == chosen {
+			return k, nil
+		}
+	}
+	if name != "" {
+		return kernel{}, fault.New(errdefs.ErrFailedPrecondition, "there is no guest kernel %q: `dolium vm kernel ls` lists them", name)
 	}
 	return all[0], nil
 }
@@ -114,16 +116,16 @@ type booted struct {
 }
 
 // bootFiles makes what a machine is started with of a kernel and dolium-guest, once for each pair of them.
-func (d *Driver) bootFiles(k Kernel) (*booted, error) {
+func (d *Driver) bootFiles(k kernel) (*booted, error) {
 	d.bootMu.Lock()
 	defer d.bootMu.Unlock()
 	h := sha256.New()
-	for _, path := range []string{filepath.Join(k.Dir, "vmlinuz"), d.config.GuestPath, d.config.GuestPath + filesSuffix} {
+	for _, path := range []string{filepath.Join(k.dir, "vmlinuz"), d.config.GuestPath, d.config.GuestPath + filesSuffix} {
 		info, err := os.Stat(path)
 		if err != nil {
 			return nil, err
 		}
-		fmt.Fprintln(h, path, info.Size(), info.ModTime().UnixNano(), modules)
+		fmt.Fprintln(h, path, info.Size(), info.ModTime().UnixNano(), guest.Modules())
 	}
 	name := hex.EncodeToString(h.Sum(nil))[:16]
 	dir := filepath.Join(d.config.DataRoot, "vm", "boot", name)
@@ -138,11 +140,11 @@ func (d *Driver) bootFiles(k Kernel) (*booted, error) {
 	if err := os.MkdirAll(tmp, 0o755); err != nil {
 		return nil, err
 	}
-	if err := writeKernel(filepath.Join(k.Dir, "vmlinuz"), filepath.Join(tmp, "kernel")); err != nil {
-		return nil, fmt.Errorf("kernel %s: %w", k.Name, err)
+	if err := writeKernel(filepath.Join(k.dir, "vmlinuz"), filepath.Join(tmp, "kernel")); err != nil {
+		return nil, fmt.Errorf("kernel %s: %w", k.name, err)
 	}
-	if err := writeInitrd(filepath.Join(tmp, "initrd"), d.config.GuestPath, filepath.Join(k.Dir, "modules")); err != nil {
-		return nil, fmt.Errorf("initramfs for kernel %s: %w", k.Name, err)
+	if err := writeInitrd(filepath.Join(tmp, "initrd"), d.config.GuestPath, filepath.Join(k.dir, "modules")); err != nil {
+		return nil, fmt.Errorf("initramfs for kernel %s: %w", k.name, err)
 	}
 	return b, os.Rename(tmp, dir)
 }
@@ -228,7 +230,7 @@ func writeInitrd(to, guestPath, moduleDir string) error {
 	c.File(strings.TrimPrefix(guest.FilesProgram, "/"), 0o755, program)
 	c.Dir("modules")
 	var order []string
-	for _, name := range modules {
+	for _, name := range guest.Modules() {
 		found, err := filepath.Glob(filepath.Join(moduleDir, name+".ko*"))
 		if err != nil {
 			return err

@@ -32,6 +32,9 @@ func Validate(cfg *container.Config, host *container.HostConfig) (warnings []str
 	if _, err := parseIOLimits(host.Annotations); err != nil {
 		return warnings, err
 	}
+	if err := checkKernel(host.Annotations); err != nil {
+		return warnings, err
+	}
 	const own = "a virtual machine has a kernel of its own"
 	switch {
 	case host.Privileged:

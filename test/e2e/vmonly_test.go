@@ -1,0 +1,133 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"dolium/test/e2e/host"
+)
+
+// What only virtual machines can do, beside what vm_test.go shows.
+
+func TestAMachinesDiskGoesBackToASnapshot(t *testing.T) {
+	h, docker := newHost(t)
+	d := docker.Program(filepath.Join(host.Bin(), "dolium"))
+	d.OK(vm("-d", "--name", "mach", "busybox", "sh", "-c", "[ -e /kept ] || echo first >/kept; sleep 100000")...)
+	d.OK("exec", "mach", "sh", "-c", "echo one >/file; rm /etc/passwd")
+	d.OK("vm", "snapshot", "create", "mach", "before")
+	d.Fails(1, "has a snapshot before already", "vm", "snapshot", "create", "mach", "before")
+	d.Fails(1, "invalid name", "vm", "snapshot", "create", "mach", "../x")
+	if got := d.OK("exec", "mach", "sh", "-c", "echo two >/file; echo more >/more; cat /file"); got != "two" {
+		t.Errorf("it goes on with %q", got)
+	}
+	d.Fails(1, "stop it before", "vm", "snapshot", "revert", "mach", "before")
+	// A daemon that is killed has them too.
+	h.Kill9(t)
+	h.Start(t)
+	d.OK("stop", "-t", "0", "mach")
+	d.OK("vm", "snapshot", "create", "mach", "after")
+	if got := d.OK("vm", "snapshot", "ls", "mach"); !strings.Contains(got, "before") || !strings.Contains(got, "after") {
+		t.Errorf("there are %q", got)
+	}
+	look := func(want string) {
+		t.Helper()
+		d.OK("start", "mach")
+		if got := d.OK("exec", "mach", "sh", "-c", "cat /kept /file; ls /more 2>/dev/null; [ -e /etc/passwd ] || echo none"); got != want {
+			t.Errorf("%q instead of %q", got, want)
+		}
+		d.OK("stop", "-t", "0", "mach")
+	}
+	d.OK("vm", "snapshot", "revert", "mach", "before")
+	look("first\none\nnone")
+	d.OK("vm", "snapshot", "revert", "mach", "after")
+	look("first\ntwo\n/more\nnone")
+	d.Fails(1, "has no snapshot", "vm", "snapshot", "revert", "mach", "nosuch")
+	d.OK("vm", "snapshot", "rm", "mach", "before")
+	d.Fails(1, "has no snapshot", "vm", "snapshot", "rm", "mach", "before")
+	d.OK("run", "-d", "--name", "plain", "busybox", "sleep", "1000")
+	d.Fails(1, "it takes isolation vm", "vm", "snapshot", "create", "plain", "s1")
+	d.Fails(1, "is not running", "vm", "console", "mach")
+	d.Fails(1, "has no screen", "vm", "console", "plain")
+}
+
+func TestAMachinesDiskAndNetworkAreLimited(t *testing.T) {
+	_, docker := newHost(t)
+	d := docker.Program(filepath.Join(host.Bin(), "dolium"))
+	d.OK("network", "create", "net")
+	d.OK("run", "-d", "--name", "web", "--network", "net", "busybox", "sh", "-c", "dd if=/dev/zero of=/data bs=1M count=4 2>/dev/null; httpd -f -h /")
+	d.OK(vm("-d", "--name", "mach", "--network", "net", "--annotation", "dolium.vm.disk-bandwidth=1m", "--annotation", "dolium.vm.net-bandwidth=1m", "busybox", "sleep", "100000")...)
+	// Not sooner than the limit allows, less what may go at once.
+	const least = 2 * time.Second
+	timed := func(what string, args ...string) time.Duration {
+		t.Helper()
+		start := time.Now()
+		d.OK(args...)
+		took := time.Since(start)
+		t.Logf("%s: 4 MiB in %s", what, took)
+		return took
+	}
+	disk := []string{"exec", "mach", "dd", "if=/dev/zero", "of=/f", "bs=64k", "count=64", "conv=fsync"}
+	net := []string{"exec", "mach", "wget", "-q", "-O", "/dev/null", "http://web/data"}
+	if took := timed("limited disk", disk...); took < least {
+		t.Errorf("the disk took %s", took)
+	}
+	if took := timed("limited network", net...); took < least {
+		t.Errorf("the network took %s", took)
+	}
+	d.OK("vm", "limit", "--disk-bandwidth", "0", "--net-bandwidth", "0", "mach")
+	d.OK("exec", "mach", "rm", "/f")
+	timed("disk", disk...)
+	timed("network", net...)
+	// Limits that are set while it runs hold, and for networks that come later.
+	d.OK("vm", "limit", "--net-bandwidth", "1m", "mach")
+	if took := timed("limited network", net...); took < least {
+		t.Errorf("the network took %s", took)
+	}
+	d.OK("network", "create", "other")
+	d.OK("network", "connect", "other", "mach")
+	d.OK("network", "connect", "other", "web")
+	d.OK("network", "disconnect", "net", "mach")
+	if took := timed("limited network, another one", net...); took < least {
+		t.Errorf("the network took %s", took)
+	}
+	d.Fails(125, "bytes per second", vm("--rm", "--annotation", "dolium.vm.net-bandwidth=fast", "busybox", "true")...)
+	d.Fails(1, "it takes isolation vm", "vm", "limit", "--disk-iops", "5", "web")
+}
+
+func TestGuestKernelsAreAddedAndChosen(t *testing.T) {
+	_, docker := newHost(t)
+	d := docker.Program(filepath.Join(host.Bin(), "dolium"))
+	found, err := filepath.Glob(filepath.Join(host.Bin(), "kernels", "*"))
+	if err != nil || len(found) == 0 {
+		t.Skip("no guest kernel")
+	}
+	installed := filepath.Base(found[0])
+	if got := d.OK("vm", "kernel", "ls"); !strings.Contains(got, installed) || !strings.Contains(got, "*") {
+		t.Errorf("there are %q", got)
+	}
+	d.OK("vm", "kernel", "add", "mine-99", filepath.Join(found[0], "vmlinuz"), filepath.Join(found[0], "modules"))
+	d.Fails(1, "already", "vm", "kernel", "add", "mine-99", filepath.Join(found[0], "vmlinuz"), filepath.Join(found[0], "modules"))
+	text := filepath.Join(t.TempDir(), "text")
+	if err := os.WriteFile(text, []byte("not a kernel"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	d.Fails(1, "no kernel that can be booted", "vm", "kernel", "add", "bad", text, t.TempDir())
+	d.Fails(1, "can't be the name", "vm", "kernel", "add", "../x", filepath.Join(found[0], "vmlinuz"), t.TempDir())
+	if got := d.OK("info"); !strings.Contains(got, "mine-99") { // the newest by its number
+		t.Errorf("info: %s", got)
+	}
+	d.OK("vm", "kernel", "use", installed)
+	if got := d.OK("vm", "kernel", "ls"); !strings.Contains(got, fmt.Sprintf("%s   *", installed)) {
+		t.Errorf("there are %q", got)
+	}
+	d.Fails(125, "no guest kernel", vm("--rm", "--annotation", "dolium.vm.kernel=nosuch", "busybox", "true")...)
+	if got := d.OK(vm("--rm", "--annotation", "dolium.vm.kernel=mine-99", "busybox", "echo", "up")...); got != "up" {
+		t.Errorf("%q", got)
+	}
+	d.OK("vm", "kernel", "rm", "mine-99")
+	d.Fails(1, "no guest kernel", "vm", "kernel", "rm", installed)
+}
