@@ -19,7 +19,7 @@ import (
 
 // ownCommands are Dolium's verbs beside Docker's: what only virtual machines can do.
 func ownCommands() []func(command.Cli) *cobra.Command {
-	return []func(command.Cli) *cobra.Command{cloneCommand, suspendCommand, resumeCommand, vmCommand}
+	return []func(command.Cli) *cobra.Command{cloneCommand, suspendCommand, resumeCommand, vmCommand, compareCommand}
 }
 
 func cloneCommand(dockerCLI command.Cli) *cobra.Command {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"syscall"
 
@@ -32,6 +33,11 @@ func (s *Store) LayerSize(ctx context.Context, id string) (rw, rootfs int64, _ e
 	r, err := s.readLayer(id)
 	if err != nil {
 		return 0, 0, s.noLayer(id, err)
+	}
+	if info, err := os.Stat(filepath.Join(s.layerDir(id), "disk.qcow2")); err == nil {
+		if st, ok := info.Sys().(*syscall.Stat_t); ok {
+			rw += st.Blocks * 512 // a virtual machine's disk, of which most is holes
+		}
 	}
 	type inode struct{ dev, ino uint64 }
 	seen := map[inode]bool{}

@@ -33,6 +33,7 @@ var floors = map[string]int{
 	"dolium/internal/rootfs":             1,
 	"dolium/internal/overlay":            1,
 	"dolium/internal/sparse":             1,
+	"dolium/internal/probe":              1,
 	"dolium/internal/isolation/vm":       2,
 	"dolium/internal/isolation/process":  2,
 	"dolium/internal/keeper/server":      1,

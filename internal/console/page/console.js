@@ -37,8 +37,13 @@ at('send').onclick = () => { rfb.clipboardPasteFrom(at('text').value); rfb.focus
 at('type').onclick = async () => {
   for (const c of at('text').value) {
     const point = c.codePointAt(0);
-    // X11's keysyms: Latin-1 is itself, other Unicode is marked, and the end of a line is Return.
-    rfb.sendKey(c === '\n' ? 0xff0d : point < 0x100 ? point : 0x01000000 + point, null);
+    // X11's keysyms: Latin-1 is itself, other Unicode is marked, and the end of a line is Return. The machine sees keys, so
+    // what is on a key's upper half of a US keyboard takes Shift.
+    const keysym = c === '\n' ? 0xff0d : point < 0x100 ? point : 0x01000000 + point;
+    const shift = /[A-Z~!@#$%^&*()_+{}|:"<>?]/.test(c);
+    if (shift) rfb.sendKey(0xffe1, 'ShiftLeft', true);
+    rfb.sendKey(keysym, null);
+    if (shift) rfb.sendKey(0xffe1, 'ShiftLeft', false);
     await new Promise((done) => setTimeout(done, 20));
   }
   rfb.focus();
