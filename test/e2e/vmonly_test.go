@@ -131,3 +131,58 @@ func TestGuestKernelsAreAddedAndChosen(t *testing.T) {
 	d.OK("vm", "kernel", "rm", "mine-99")
 	d.Fails(1, "no guest kernel", "vm", "kernel", "rm", installed)
 }
+
+func TestAMachinesMemoryIsOfTheKindThatIsAsked(t *testing.T) {
+	const pages = "/proc/sys/vm/nr_hugepages"
+	before, err := os.ReadFile(pages)
+	if err != nil {
+		t.Skip("the kernel has no huge pages")
+	}
+	_, d := newHost(t)
+	free := func() string {
+		info, err := os.ReadFile("/proc/meminfo")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, rest, _ := strings.Cut(string(info), "HugePages_Free:")
+		return strings.Fields(rest)[0]
+	}
+	d.Fails(125, "huge pages, and the host has 0 free", vm("--rm", "-m", "128m", "--annotation", "dolium.vm.memory=huge", "busybox", "true")...)
+	if err := os.WriteFile(pages, []byte("64"), 0); err != nil {
+		t.Skipf("huge pages can't be made: %v", err)
+	}
+	t.Cleanup(func() { _ = os.WriteFile(pages, before, 0) })
+	if free() != "64" {
+		t.Skipf("the host has memory for %s huge pages", free())
+	}
+	d.OK(vm("-d", "--name", "huge", "-m", "128m", "--annotation", "dolium.vm.memory=huge", "busybox", "sleep", "1000")...)
+	if got := free(); got != "0" {
+		t.Errorf("%s huge pages are free", got)
+	}
+	d.OK("rm", "-f", "huge")
+	if got := free(); got != "64" {
+		t.Errorf("%s huge pages are free after it", got)
+	}
+	d.OK(vm("-d", "--name", "merge", "-m", "128m", "--annotation", "dolium.vm.memory=mergeable", "busybox", "sleep", "1000")...)
+	maps, err := os.ReadFile(fmt.Sprintf("/proc/%s/smaps", d.Inspect("merge", "{{.State.Pid}}")))
+	if err != nil || !strings.Contains(string(maps), " mg ") {
+		t.Errorf("its memory isn't mergeable (%v)", err)
+	}
+	d.Fails(125, "isn't merged", vm("--rm", "-v", "/tmp:/tmp", "--annotation", "dolium.vm.memory=mergeable", "busybox", "true")...)
+	d.Fails(125, "can be huge or mergeable", vm("--rm", "--annotation", "dolium.vm.memory=small", "busybox", "true")...)
+}
+
+func TestWhatAnImageCostsIsMeasured(t *testing.T) {
+	_, docker := newHost(t)
+	d := docker.Program(filepath.Join(host.Bin(), "dolium"))
+	got := d.OK("compare", "--rounds", "1", "busybox", "--", "sh", "-c", "exit 3")
+	for _, want := range []string{"PROCESS", "CONTAINER", "VIRTUAL MACHINE", "Start to first output", "SHA-256", "(ended with 3)", "it has its own"} {
+		if !strings.Contains(got, want) {
+			t.Errorf("%q isn't in:\n%s", want, got)
+		}
+	}
+	if left := d.OK("ps", "-aq"); left != "" {
+		t.Errorf("left: %s", left)
+	}
+	d.Fails(1, "requires at least 1 arg", "compare")
+}

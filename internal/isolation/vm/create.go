@@ -195,6 +195,9 @@ func (d *Driver) size(m *shape, h *container.HostConfig) error {
 	if m.memory < minMemory {
 		return fault.New(errdefs.ErrInvalidArgument, "a virtual machine needs at least %d MB of memory", minMemory>>20)
 	}
+	if m.memoryKind = h.Annotations[optionMemory]; m.memoryKind == memoryHuge {
+		return haveHugePages(m.memory)
+	}
 	return nil
 }
 

@@ -21,6 +21,7 @@ type hardware struct {
 	board, name, dir  string
 	cpus, maxCPUs     int
 	memory, maxMemory int64 // bytes
+	memoryKind        string
 	disks             *osDisks
 	code, vars        string // firmware; empty for the BIOS
 	nics              []nic
@@ -55,7 +56,7 @@ func (h *hardware) args() []string {
 	a = append(a, h.qemu.processor(h.windows)...)
 	add("-smp", "cpus=%d,maxcpus=%d,sockets=%d,cores=1,threads=1", h.cpus, h.maxCPUs, h.maxCPUs)
 	add("-m", "size=%dM,maxmem=%dM,slots=8", h.memory>>20, h.maxMemory>>20)
-	add("-object", "memory-backend-ram,id=mem0,size=%dM,reserve=off", h.memory>>20)
+	a = append(a, "-object", memoryBackend(h.memoryKind, false, h.memory))
 	if h.windows {
 		a = append(a, "-rtc", "base=localtime,driftfix=slew")
 	} else {

@@ -35,6 +35,7 @@ const (
 type shape struct {
 	cpus, maxCPUs     int
 	memory, maxMemory int64 // bytes
+	memoryKind        string
 	nics              []nic
 	share             bool // directories of the host's by virtiofs
 	lower, upper      string
@@ -77,11 +78,9 @@ func (m *machine) args() []string {
 	switch {
 	case m.memoryFile != "":
 		add("-object", "memory-backend-file,id=%s,size=%dM,mem-path=%s,share=on,reserve=off", memory, m.memory>>20, escape(m.memoryFile))
-	case m.share:
-		// What serves directories is a process of its own and sees the guest's memory.
-		add("-object", "memory-backend-memfd,id=%s,size=%dM,share=on,reserve=off", memory, m.memory>>20)
 	default:
-		add("-object", "memory-backend-ram,id=%s,size=%dM,reserve=off", memory, m.memory>>20)
+		// What serves directories is a process of its own and sees the guest's memory.
+		a = append(a, "-object", memoryBackend(m.memoryKind, m.share, m.memory))
 	}
 	if m.incoming {
 		a = append(a, "-incoming", "defer")

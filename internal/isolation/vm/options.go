@@ -51,7 +51,7 @@ func parseOptions(annotations, labels map[string]string) (o osOptions, err error
 		}
 		switch name {
 		case optionFirmware, optionDevices, optionOS, optionTPM, optionUser, optionKeys, optionUserData:
-		case optionDiskIOPS, optionDiskBandwidth, optionNetBandwidth:
+		case optionDiskIOPS, optionDiskBandwidth, optionNetBandwidth, optionMemory:
 		default:
 			return o, invalid("unknown annotation %s", name)
 		}

@@ -86,7 +86,7 @@ func (d *Driver) createSystem(ctx context.Context, s *isolation.Spec) (_ *system
 	if err := d.size(&size, &own); err != nil {
 		return nil, err
 	}
-	h.cpus, h.maxCPUs, h.memory, h.maxMemory = size.cpus, size.maxCPUs, size.memory, size.maxMemory
+	h.cpus, h.maxCPUs, h.memory, h.maxMemory, h.memoryKind = size.cpus, size.maxCPUs, size.memory, size.maxMemory, size.memoryKind
 	if h.disks, err = readDisks(s.Disk.Machine); err != nil {
 		return nil, err
 	}

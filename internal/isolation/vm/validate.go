@@ -35,6 +35,10 @@ func Validate(cfg *container.Config, host *container.HostConfig) (warnings []str
 	if err := checkKernel(host.Annotations); err != nil {
 		return warnings, err
 	}
+	more, err := checkMemory(host.Annotations, len(host.Binds)+len(host.Mounts) > 0)
+	if warnings = append(warnings, more...); err != nil {
+		return warnings, err
+	}
 	const own = "a virtual machine has a kernel of its own"
 	switch {
 	case host.Privileged:
