@@ -144,8 +144,14 @@ func TestAMachinesMemoryIsOfTheKindThatIsAsked(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, rest, _ := strings.Cut(string(info), "HugePages_Free:")
-		return strings.Fields(rest)[0]
+		count := func(what string) (n int) {
+			_, rest, _ := strings.Cut(string(info), what)
+			if _, err := fmt.Sscan(rest, &n); err != nil {
+				t.Fatal(err)
+			}
+			return n
+		}
+		return fmt.Sprint(count("HugePages_Free:") - count("HugePages_Rsvd:"))
 	}
 	d.Fails(125, "huge pages, and the host has 0 free", vm("--rm", "-m", "128m", "--annotation", "dolium.vm.memory=huge", "busybox", "true")...)
 	if err := os.WriteFile(pages, []byte("64"), 0); err != nil {

@@ -68,14 +68,15 @@ func haveHugePages(size int64) error {
 		return err
 	}
 	defer f.Close()
-	free := int64(0)
+	count := map[string]int64{}
 	for lines := bufio.NewScanner(f); lines.Scan(); {
-		if fields := strings.Fields(lines.Text()); len(fields) == 2 && fields[0] == "HugePages_Free:" {
-			if free, err = strconv.ParseInt(fields[1], 10, 64); err != nil {
+		if fields := strings.Fields(lines.Text()); len(fields) == 2 && strings.HasPrefix(fields[0], "HugePages_") {
+			if count[fields[0]], err = strconv.ParseInt(fields[1], 10, 64); err != nil {
 				return err
 			}
 		}
 	}
+	free := count["HugePages_Free:"] - count["HugePages_Rsvd:"] // which others were promised
 	if need := size / hugePage; free < need {
 		return fault.New(errdefs.ErrFailedPrecondition, "the machine's memory takes %d huge pages, and the host has %d free: sysctl vm.nr_hugepages=N makes more", need, free)
 	}

@@ -41,12 +41,11 @@ var resolverMAC = net.HardwareAddr{0x02, 0xd0, 0x11, 0x00, 0x00, 0x53}
 
 // neighbours are those of one machine.
 type neighbours struct {
-	log     *slog.Logger
-	netns   string
-	sockets []int
-	wg      sync.WaitGroup
-	asked   chan struct{} // as many as questions may be open
-	stop    chan struct{}
+	log   *slog.Logger
+	netns string
+	wg    sync.WaitGroup
+	asked chan struct{} // as many as questions may be open
+	stop  chan struct{}
 }
 
 // lease is what an interface is told by DHCP.

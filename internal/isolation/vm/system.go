@@ -39,9 +39,8 @@ type systems struct {
 // system is one such machine.
 type system struct {
 	*process.Held
-	d     *Driver
-	id    string
-	start time.Time
+	d  *Driver
+	id string
 
 	mu       sync.Mutex
 	pressing bool // the power button
