@@ -53,6 +53,7 @@ func (e *Engine) ContainerCreate(ctx context.Context, o CreateOptions) (containe
 		mergeImageConfig(o.Config, img)
 	}
 	id := newID()
+	askedUlimits := slices.Clone(o.HostConfig.Ulimits)
 	warnings, err := e.complete(id, o.Config, o.HostConfig)
 	if err != nil {
 		return none, err
@@ -119,6 +120,8 @@ func (e *Engine) ContainerCreate(ctx context.Context, o CreateOptions) (containe
 		if c.rec.Boots = len(files) > 0; c.rec.Boots {
 			// What builders write into every image is of no meaning.
 			o.Config.Env, o.Config.User, o.Config.WorkingDir = asked.Env, asked.User, asked.WorkingDir
+			o.HostConfig.Ulimits = askedUlimits // without the daemon's
+			c.rec.Args = []string{}
 			err = booter.CompleteBoot(o.Config, o.HostConfig)
 		} else {
 			err = noCommand

@@ -153,6 +153,9 @@ func TestDisksAndCDsBecomeMachines(t *testing.T) {
 			{"capabilities", []string{"--cap-add", "NET_ADMIN", "tiny-raw"}},
 			{"can be bios, uefi, secure-boot", []string{"--annotation", "dolium.vm.firmware=coreboot", "tiny-raw"}},
 			{"unknown annotation", []string{"--annotation", "dolium.vm.colour=red", "tiny-raw"}},
+			{"there is no PCI device", []string{"--device", "dolium.dev/pci=0000:7f:1f.7", "tiny-raw"}},
+			{"there is no USB device", []string{"--device", "dolium.dev/usb=99-1", "tiny-raw"}},
+			{"device files", []string{"--device", "/dev/null", "tiny-raw"}},
 			{"isn't a public key", []string{"--annotation", "dolium.vm.ssh-keys=secret", "tiny-raw"}},
 		} {
 			if r := d.Run(append([]string{"create", "--isolation", "vm"}, c.args...)...); r.Code == 0 || !strings.Contains(r.Stderr, c.want) {

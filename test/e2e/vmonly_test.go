@@ -178,6 +178,45 @@ func TestAMachinesMemoryIsOfTheKindThatIsAsked(t *testing.T) {
 	d.Fails(125, "can be huge or mergeable", vm("--rm", "--annotation", "dolium.vm.memory=small", "busybox", "true")...)
 }
 
+func TestAMachinesDiskIsServedByAProcessOfItsOwn(t *testing.T) {
+	h, d := newHost(t)
+	apart := []string{"--annotation", "dolium.vm.disk-backend=process"}
+	d.OK(vm(append(apart, "-d", "--name", "mach", "--restart", "on-failure", "busybox", "sleep", "100000")...)...)
+	daemons := func() (n int) {
+		for _, p := range h.Processes() {
+			if strings.Contains(fmt.Sprint(p), "qemu-storage-daemon") {
+				n++
+			}
+		}
+		return n
+	}
+	if daemons() != 1 {
+		t.Errorf("%d processes serve its disk", daemons())
+	}
+	d.OK("exec", "mach", "sh", "-c", "dd if=/dev/urandom of=/f bs=1M count=8 2>/dev/null; sync")
+	sum := d.OK("exec", "mach", "md5sum", "/f")
+	h.Kill9(t)
+	h.Start(t)
+	if got := d.OK("exec", "mach", "md5sum", "/f"); got != sum {
+		t.Errorf("%q instead of %q", got, sum)
+	}
+	d.OK("restart", "-t", "0", "mach")
+	if got := d.OK("exec", "mach", "md5sum", "/f"); got != sum {
+		t.Errorf("after a restart: %q instead of %q", got, sum)
+	}
+	// A file of a stopped one, by QEMU as ever.
+	d.OK("stop", "-t", "0", "mach")
+	if daemons() != 0 {
+		t.Errorf("%d processes serve the disk of a stopped machine", daemons())
+	}
+	if got := d.OK("diff", "mach"); !strings.Contains(got, "A /f") {
+		t.Errorf("diff: %q", got)
+	}
+	d.OK("rm", "mach")
+	d.Fails(125, "limits of the disk are QEMU's", vm(append(apart, "--rm", "--annotation", "dolium.vm.disk-iops=5", "busybox", "true")...)...)
+	d.Fails(125, "can be qemu or process", vm("--rm", "--annotation", "dolium.vm.disk-backend=other", "busybox", "true")...)
+}
+
 func TestWhatAnImageCostsIsMeasured(t *testing.T) {
 	_, docker := newHost(t)
 	d := docker.Program(filepath.Join(host.Bin(), "dolium"))

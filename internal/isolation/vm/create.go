@@ -50,6 +50,9 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 	if s.Config == nil || s.Host == nil || s.Disk == nil {
 		return nil, fault.New(errdefs.ErrInvalidArgument, "container %s: incomplete configuration", s.ID)
 	}
+	if len(s.Host.DeviceRequests) > 0 {
+		return nil, invalid("devices of the host are for machine images, whose systems have drivers for them")
+	}
 	q, err := d.finder.find(ctx)
 	if err != nil {
 		return nil, err
@@ -120,6 +123,17 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 			}
 		}()
 	}
+	if m.apart = diskIsApart(s.Host.Annotations) && as == asWorkload; m.apart {
+		setUp.Upper = apartSerial
+		if err := d.serveDisk(ctx, s, m.upper, m.volatile, user); err != nil {
+			return nil, err
+		}
+		defer func() {
+			if err != nil {
+				err = errors.Join(err, d.endHelper(context.WithoutCancel(ctx), s.ID, diskSuffix))
+			}
+		}()
+	}
 	var first *guest.Process
 	if setUp.Maintenance = as == asMaintenance; as == asWorkload {
 		if first, err = firstProcess(s); err != nil {
@@ -149,7 +163,7 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 	}
 	k := &known{
 		NetNS: s.NetNS, User: user, CPUs: m.cpus, Max: m.maxCPUs, Memory: m.memory, Base: m.memory, MaxMemory: m.maxMemory, Process: inherited(first), Managed: files,
-		NICs: map[string]int{}, DNS: network.DNS, Board: m.board, Boot: m.boot.name, BaseCPUs: m.cpus, Disk: m.upper, Share: m.share, IO: io,
+		NICs: map[string]int{}, DNS: network.DNS, Board: m.board, Boot: m.boot.name, BaseCPUs: m.cpus, Disk: m.upper, Share: m.share, IO: io, Apart: m.apart,
 	}
 	for i, n := range m.nics {
 		k.NICs[n.tap] = m.ports[i]
@@ -241,8 +255,11 @@ func (d *Driver) confine(m *machine, s *isolation.Spec, user int) (*specsSpec, e
 		args: m.args(), user: user, root: filepath.Join(m.dir, "root"), netns: s.NetNS,
 		cgroup: cgroupsPath(s, s.ID), resources: resources,
 		files: []hostFile{
-			{path: m.boot.kernel}, {path: m.boot.initrd}, {path: m.upper, writable: true}, {path: m.dir, writable: true},
+			{path: m.boot.kernel}, {path: m.boot.initrd}, {path: m.dir, writable: true},
 		},
+	}
+	if !m.apart {
+		c.files = append(c.files, hostFile{path: m.upper, writable: true})
 	}
 	if m.lower != "" {
 		c.files = append(c.files, hostFile{path: m.lower})

@@ -26,6 +26,7 @@ type hardware struct {
 	code, vars        string // firmware; empty for the BIOS
 	nics              []nic
 	volatile          bool
+	devices           []hostDevice
 }
 
 // args is QEMU's command line, from the board to its devices.
@@ -96,6 +97,9 @@ func (h *hardware) args() []string {
 	device("virtio-balloon-pci,id=balloon,free-page-reporting=on,addr=6")
 	a = append(a, "-object", "rng-random,id=rng,filename=/dev/urandom")
 	device("virtio-rng-pci,rng=rng,addr=7")
+	for _, x := range h.devices {
+		device("%s", x.option)
+	}
 	if h.tpm {
 		add("-chardev", "socket,id=tpm,path=%s", filepath.Join(h.dir, tpmSocket))
 		a = append(a, "-tpmdev", "emulator,id=tpm0,chardev=tpm")

@@ -40,6 +40,7 @@ type shape struct {
 	share             bool // directories of the host's by virtiofs
 	lower, upper      string
 	volatile          bool
+	apart             bool // the upper disk is served by a process of its own
 	// memoryFile is the file that is the machine's memory; empty for memory that is nothing else. With incoming it has
 	// what a template had, and QEMU is given the rest of its state.
 	memoryFile string
@@ -75,12 +76,11 @@ func (m *machine) args() []string {
 	a = append(a, m.qemu.processor(false)...)
 	add("-smp", "cpus=%d,maxcpus=%d,sockets=%d,cores=1,threads=1", m.cpus, m.maxCPUs, m.maxCPUs)
 	add("-m", "size=%dM,maxmem=%dM,slots=8", m.memory>>20, m.maxMemory>>20)
-	switch {
-	case m.memoryFile != "":
+	if m.memoryFile != "" {
 		add("-object", "memory-backend-file,id=%s,size=%dM,mem-path=%s,share=on,reserve=off", memory, m.memory>>20, escape(m.memoryFile))
-	default:
-		// What serves directories is a process of its own and sees the guest's memory.
-		a = append(a, "-object", memoryBackend(m.memoryKind, m.share, m.memory))
+	} else {
+		// What serves directories, or the disk, is a process of its own and sees the guest's memory.
+		a = append(a, "-object", memoryBackend(m.memoryKind, m.share || m.apart, m.memory))
 	}
 	if m.incoming {
 		a = append(a, "-incoming", "defer")
@@ -104,20 +104,7 @@ func (m *machine) args() []string {
 		add("-device", "pcie-root-port,id=port%d,chassis=%d,addr=%s,multifunction=on", i, i+1, portAddr(i))
 	}
 
-	// Disks: what the image brings and what is written over it.
-	add("-object", "iothread,id=io")
-	if m.lower != "" {
-		add("-blockdev", "driver=file,node-name=lower-file,filename=%s,read-only=on,auto-read-only=off,cache.direct=off", escape(m.lower))
-		add("-blockdev", "driver=raw,node-name=lower,file=lower-file,read-only=on")
-		add("-device", "virtio-blk-pci,id=disk-lower,drive=lower,serial=%s,iothread=io,addr=3", lowerSerial)
-	}
-	noFlush := "off"
-	if m.volatile {
-		noFlush = "on"
-	}
-	add("-blockdev", "driver=file,node-name=upper-file,filename=%s,discard=unmap,cache.no-flush=%s", escape(m.upper), noFlush)
-	add("-blockdev", "driver=qcow2,node-name=upper,file=upper-file,discard=unmap,detect-zeroes=unmap,cache.no-flush=%s", noFlush)
-	add("-device", "virtio-blk-pci,id=disk-upper,drive=upper,serial=%s,iothread=io,addr=4", upperSerial)
+	a = append(a, m.diskArgs()...)
 
 	// Networks.
 	for i, n := range m.nics {
@@ -136,6 +123,31 @@ func (m *machine) args() []string {
 		add("-chardev", "socket,id=share,path=%s", filepath.Join(m.dir, shareSocket))
 		add("-device", "vhost-user-fs-pci,chardev=share,tag=%s,queue-size=1024,bus=port%d", shareTag, sharePort)
 	}
+	return a
+}
+
+// diskArgs are the disks: what the image brings and what is written over it.
+func (m *machine) diskArgs() []string {
+	var a []string
+	add := func(option, format string, args ...any) { a = append(a, option, fmt.Sprintf(format, args...)) }
+	add("-object", "iothread,id=io")
+	if m.lower != "" {
+		add("-blockdev", "driver=file,node-name=lower-file,filename=%s,read-only=on,auto-read-only=off,cache.direct=off", escape(m.lower))
+		add("-blockdev", "driver=raw,node-name=lower,file=lower-file,read-only=on")
+		add("-device", "virtio-blk-pci,id=disk-lower,drive=lower,serial=%s,iothread=io,addr=3", lowerSerial)
+	}
+	if m.apart {
+		add("-chardev", "socket,id=disk,path=%s", filepath.Join(m.dir, diskSocket))
+		add("-device", "vhost-user-blk-pci,id=disk-upper,chardev=disk,num-queues=1,addr=4")
+		return a
+	}
+	noFlush := "off"
+	if m.volatile {
+		noFlush = "on"
+	}
+	add("-blockdev", "driver=file,node-name=upper-file,filename=%s,discard=unmap,cache.no-flush=%s", escape(m.upper), noFlush)
+	add("-blockdev", "driver=qcow2,node-name=upper,file=upper-file,discard=unmap,detect-zeroes=unmap,cache.no-flush=%s", noFlush)
+	add("-device", "virtio-blk-pci,id=disk-upper,drive=upper,serial=%s,iothread=io,addr=4", upperSerial)
 	return a
 }
 

@@ -2,19 +2,13 @@ package vm
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
-	"time"
 
 	"dolium/internal/fault"
 	"dolium/internal/guest"
 	"dolium/internal/isolation"
-	"dolium/internal/isolation/process"
-	"dolium/internal/keeper"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -111,47 +105,8 @@ func (d *Driver) serveShares(ctx context.Context, s *isolation.Spec, sh *shares,
 		}
 		c.mounts = append(c.mounts, specs.Mount{Destination: filepath.Join(shareDir, strconv.Itoa(i)), Type: "bind", Source: m.Source, Options: options})
 	}
-	spec, err := c.spec()
-	if err != nil {
+	if err := d.startHelper(ctx, s, shareSuffix, &c, socket); err != nil {
 		return err
-	}
-	key := keeper.Key{ID: s.ID + shareSuffix}
-	log, err := process.KeeperLog(&isolation.LogSpec{Driver: "json-file", Path: filepath.Join(dir, "virtiofsd.log")})
-	if err != nil {
-		return err
-	}
-	if err := d.keeper.Create(ctx, key.ID, &keeper.Create{Spec: spec, Log: log, Owner: helperOwner, SystemdCgroup: s.SystemdCgroup}); err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, d.keeper.Delete(context.WithoutCancel(ctx), key))
-		}
-	}()
-	stream, err := d.keeper.Attach(ctx, key, keeper.Attach{Stdout: true, Stderr: true})
-	if err != nil {
-		return err
-	}
-	defer stream.Close()
-	if _, err := d.keeper.Start(ctx, key, 0, 0); err != nil {
-		return fmt.Errorf("start virtiofsd: %w", err)
-	}
-	for deadline := time.Now().Add(15 * time.Second); ; time.Sleep(2 * time.Millisecond) {
-		if _, err := os.Stat(socket); err == nil {
-			break
-		}
-		st, err := d.keeper.State(ctx, key)
-		if err != nil {
-			return err
-		}
-		if st.Exit != nil || time.Now().After(deadline) {
-			said := make([]byte, 4096)
-			n, _ := stream.Read(said) // what it said, if anything
-			return fmt.Errorf("virtiofsd doesn't serve: %s", strings.TrimSpace(string(said[min(8, n):n])))
-		}
 	}
 	return os.Chown(socket, user, user)
 }
-
-// helperOwner marks what the keeper holds that is part of a machine.
-const helperOwner = "vm-helper"

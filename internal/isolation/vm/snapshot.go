@@ -85,6 +85,9 @@ func (d *Driver) still(ctx context.Context, id string) (again func() error, err 
 	if err != nil {
 		return nil, err
 	}
+	if k.Apart {
+		return nil, fault.New(errdefs.ErrFailedPrecondition, "the disk is served by a process of its own, which doesn't stand still: stop the machine for a snapshot")
+	}
 	patient, cancel := context.WithTimeout(ctx, 2*agentPatience)
 	defer cancel()
 	frozen := false

@@ -32,7 +32,7 @@ func (d *Driver) memoryOf(m *machine, s *isolation.Spec, key string, as purpose)
 		m.memoryFile = d.memoryPath(s.ID)
 		err := emptyFile(m.memoryFile, m.memory)
 		return starting{}, errors.Join(err, os.Chown(m.memoryFile, userOf(s.ID), userOf(s.ID)))
-	case m.lower == "", m.memoryKind != "":
+	case m.lower == "", m.memoryKind != "", m.apart:
 		return starting{}, nil // templates have that disk, and memory of another kind
 	case dir == "":
 		return starting{then: func() { d.prepareTemplate(key, s) }}, nil

@@ -3,18 +3,14 @@ package vm
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"time"
 
 	"github.com/containerd/errdefs"
 
 	"dolium/internal/fault"
 	"dolium/internal/isolation"
-	"dolium/internal/isolation/process"
-	"dolium/internal/keeper"
 )
 
 // A TPM is swtpm, a process of its own beside QEMU, confined as that is; its state is with the machine's disk.
@@ -61,46 +57,5 @@ func (d *Driver) serveTPM(ctx context.Context, s *isolation.Spec, user int) (err
 		user: user, root: root, cgroup: cgroupsPath(s, s.ID+tpmSuffix),
 		files: []hostFile{{path: dir, writable: true}, {path: state, writable: true}},
 	}
-	spec, err := c.spec()
-	if err != nil {
-		return err
-	}
-	key := keeper.Key{ID: s.ID + tpmSuffix}
-	log, err := process.KeeperLog(&isolation.LogSpec{Driver: "json-file", Path: filepath.Join(dir, "swtpm.log")})
-	if err != nil {
-		return err
-	}
-	if err := d.keeper.Create(ctx, key.ID, &keeper.Create{Spec: spec, Log: log, Owner: helperOwner, SystemdCgroup: s.SystemdCgroup}); err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, d.keeper.Delete(context.WithoutCancel(ctx), key))
-		}
-	}()
-	if _, err := d.keeper.Start(ctx, key, 0, 0); err != nil {
-		return fmt.Errorf("start swtpm: %w", err)
-	}
-	for deadline := time.Now().Add(15 * time.Second); ; time.Sleep(2 * time.Millisecond) {
-		if _, err := os.Stat(socket); err == nil {
-			return nil
-		}
-		st, err := d.keeper.State(ctx, key)
-		if err != nil {
-			return err
-		}
-		if st.Exit != nil || time.Now().After(deadline) {
-			said, _ := os.ReadFile(filepath.Join(dir, "swtpm.log")) // for the message
-			return fmt.Errorf("swtpm doesn't serve: %s", said)
-		}
-	}
-}
-
-// endHelper ends a process beside a machine, if it has one of that kind.
-func (d *Driver) endHelper(ctx context.Context, id, suffix string) error {
-	err := d.keeper.Delete(ctx, keeper.Key{ID: id + suffix})
-	if errdefs.IsNotFound(err) {
-		return nil
-	}
-	return err
+	return d.startHelper(ctx, s, tpmSuffix, &c, socket)
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -90,6 +91,9 @@ func (d *Driver) createSystem(ctx context.Context, s *isolation.Spec) (_ *system
 		return nil, err
 	}
 	if h.disks.upper, err = d.osUpper(ctx, s.Disk, h.disks.base, askedSize(s.Host)); err != nil {
+		return nil, err
+	}
+	if h.devices, err = hostDevices("/sys", s.Host.DeviceRequests); err != nil {
 		return nil, err
 	}
 	user := userOf(s.ID)
@@ -222,9 +226,22 @@ func (d *Driver) confineSystem(h *hardware, s *isolation.Spec, user int) (*specs
 	if h.qemu.accel.Name == "kvm" {
 		c.devices = append(c.devices, "/dev/kvm")
 	}
+	pinned := false
+	for _, x := range h.devices {
+		for _, node := range x.nodes {
+			if !slices.Contains(c.devices, node) {
+				c.devices = append(c.devices, node)
+			}
+		}
+		pinned = pinned || x.pinned
+	}
 	spec, err := c.spec()
 	if err != nil {
 		return nil, err
+	}
+	if pinned {
+		locked := uint64(h.maxMemory + overhead)
+		spec.Process.Rlimits = append(spec.Process.Rlimits, specs.POSIXRlimit{Type: "RLIMIT_MEMLOCK", Soft: locked, Hard: locked})
 	}
 	spec.Process.Terminal = s.Process.Terminal
 	return spec, nil
@@ -377,10 +394,13 @@ func (i *system) Resize(context.Context, uint32, uint32) error { return nil }
 // Delete implements isolation.Instance.
 func (i *system) Delete(ctx context.Context) error {
 	i.d.unneighbour(i.id)
-	if err := errors.Join(i.Held.Delete(ctx), i.d.endHelper(ctx, i.id, tpmSuffix)); err != nil {
+	if err := errors.Join(i.Held.Delete(ctx), i.d.endHelpers(ctx, i.id)); err != nil {
 		return err
 	}
 	i.goneOnce.Do(func() { close(i.gone) })
+	i.d.systems.mu.Lock()
+	delete(i.d.systems.agents, i.id)
+	i.d.systems.mu.Unlock()
 	return os.RemoveAll(i.d.runDir(i.id))
 }
 

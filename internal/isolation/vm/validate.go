@@ -39,6 +39,9 @@ func Validate(cfg *container.Config, host *container.HostConfig) (warnings []str
 	if warnings = append(warnings, more...); err != nil {
 		return warnings, err
 	}
+	if err := checkDiskBackend(host.Annotations); err != nil {
+		return warnings, err
+	}
 	const own = "a virtual machine has a kernel of its own"
 	switch {
 	case host.Privileged:
@@ -56,9 +59,12 @@ func Validate(cfg *container.Config, host *container.HostConfig) (warnings []str
 	case host.Runtime != "" && host.Runtime != "runc" && host.Runtime != "dolium":
 		return warnings, invalid("--runtime %s is not possible with isolation vm: the workload runs under QEMU", host.Runtime)
 	case len(host.Devices) > 0:
-		return warnings, invalid("--device %s is not possible with isolation vm: %s, without the host's devices", host.Devices[0].PathOnHost, own)
-	case len(host.DeviceCgroupRules) > 0, len(host.DeviceRequests) > 0:
-		return warnings, invalid("devices of the host are not possible with isolation vm")
+		return warnings, invalid("--device %s is not possible with isolation vm: %s, without the host's device files (machine images can be given %s=ADDRESS and %s=BUS-PORT)", host.Devices[0].PathOnHost, own, devicePCI, deviceUSB)
+	case len(host.DeviceCgroupRules) > 0:
+		return warnings, invalid("rules about device files are not possible with isolation vm: %s", own)
+	}
+	if _, err := hostDevices("/sys", host.DeviceRequests); err != nil {
+		return warnings, err
 	}
 	if _, err := process.Capabilities(host.CapAdd, host.CapDrop, false); err != nil {
 		return warnings, err

@@ -95,7 +95,7 @@ func (d *Driver) sweep(ctx context.Context) error {
 		held[s.ID], held[shortName(s.ID)] = true, true
 	}
 	for _, s := range states {
-		if s.Owner == helperOwner && s.Exec == "" && !held[strings.TrimSuffix(strings.TrimSuffix(s.ID, shareSuffix), tpmSuffix)] {
+		if s.Owner == helperOwner && s.Exec == "" && !held[machineOf(s.ID)] {
 			if err := d.keeper.Delete(ctx, s.Key); err != nil && !errdefs.IsNotFound(err) {
 				return err
 			}
@@ -175,6 +175,7 @@ type known struct {
 	Disk     string   `json:"disk"`
 	Share    bool     `json:"share,omitempty"`
 	IO       ioLimits `json:"io,omitzero"`
+	Apart    bool     `json:"diskApart,omitempty"`
 	// OS is of a machine with an operating system of its own.
 	OS *knownOS `json:"os,omitempty"`
 }
@@ -283,7 +284,7 @@ func (d *Driver) instance(id string) *instance {
 
 // Delete implements isolation.Instance.
 func (i *instance) Delete(ctx context.Context) error {
-	if err := errors.Join(i.Held.Delete(ctx), i.d.endHelper(ctx, i.id, shareSuffix)); err != nil {
+	if err := errors.Join(i.Held.Delete(ctx), i.d.endHelpers(ctx, i.id)); err != nil {
 		return err
 	}
 	i.d.unfollow(i.id)
