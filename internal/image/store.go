@@ -110,6 +110,7 @@ type Store struct {
 	extract  *semaphore.Weighted
 	unsynced *syncJournal
 	trash    *trash
+	reserve  *reserve
 
 	useMu sync.RWMutex
 	inUse func(*Image) []Use
@@ -228,12 +229,16 @@ func (s *Store) recover(ctx context.Context) error {
 	}
 	s.trash = newTrash(filepath.Join(s.cfg.Root, "trash"), s.log)
 	s.trash.sweep()
+	s.reserve = newReserve(s.cfg.Root, s.log)
 	return s.collectIfStale(ctx)
 }
 
 // Close closes the store after pending work of its own. Mounted layers stay mounted.
 func (s *Store) Close() error {
 	var errs []error
+	if s.reserve != nil {
+		s.reserve.close()
+	}
 	if s.trash != nil {
 		s.trash.close()
 	}

@@ -178,6 +178,14 @@ func TestDisksAndCDsBecomeMachines(t *testing.T) {
 		d.OK("vm", "run", "--name", "efi", "--firmware", "uefi", "tiny-raw")
 		says(t, d, "efi", "BdsDxe") // of its own, as there is nothing that it can start
 		d.OK("rm", "-f", "efi")
+		d.OK("vm", "run", "--name", "secure", "--firmware", "secure-boot", "tiny-raw")
+		says(t, d, "secure", "BdsDxe")
+		d.OK("rm", "-f", "secure")
+		// The image can say it for all its machines.
+		d.OK("vm", "import", "--firmware", "uefi", raw, "tiny-efi")
+		d.OK("vm", "run", "--name", "efi", "tiny-efi")
+		says(t, d, "efi", "BdsDxe")
+		d.OK("rm", "-f", "efi")
 	})
 
 	t.Run("life", func(t *testing.T) {
