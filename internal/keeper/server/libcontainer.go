@@ -72,6 +72,7 @@ func (b *builtin) Create(p *proc, io stdio) (pid, master int, err error) {
 	process.PidfdSocket = memo // see memoEnv
 	master, err = runWithIO(c, process, io)
 	if err != nil {
+		b.w.startFailed()
 		return 0, -1, fmt.Errorf("OCI runtime create failed: %w", startError(err))
 	}
 	if pid, err = process.Pid(); err != nil {
@@ -221,6 +222,7 @@ func (b *builtin) Exec(p *proc, io stdio) (pid, master int, err error) {
 	process.PidfdSocket = b.memoFor(filter, c.stub)
 	master, err = runWithIO(c.Container, process, io)
 	if err != nil {
+		b.w.startFailed()
 		return 0, -1, fmt.Errorf("OCI runtime exec failed: exec failed: %w", startError(err))
 	}
 	pid, err = process.Pid()

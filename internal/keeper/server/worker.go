@@ -39,6 +39,7 @@ type worker struct {
 	// execve(2). closing tells long work to make room. Taking it only ever tries: a reader may come to need it twice.
 	gate     sync.RWMutex
 	closing  atomic.Bool
+	strays   atomic.Int32 // how often strays are still to be looked for
 	upgraded chan upgradeResult
 
 	mu        sync.Mutex
@@ -202,6 +203,10 @@ func (w *worker) accept() error {
 func (w *worker) idle() {
 	for busy := false; ; {
 		time.Sleep(5 * time.Second)
+		if w.strays.Load() > 0 {
+			w.strays.Add(-1)
+			w.reapStrays()
+		}
 		w.mu.Lock()
 		quiet := time.Since(w.lastUse) > 5*time.Second
 		unused := len(w.procs) == 0 && len(w.listeners) == 0 && time.Since(w.lastUse) > time.Minute
