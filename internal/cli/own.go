@@ -99,7 +99,7 @@ func ask(ctx context.Context, dockerCLI command.Cli, method, path string, value 
 	r.Header.Set("Content-Type", "application/json")
 	res, err := client.Do(r)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("can't reach the daemon at %s, is it running? %w", api.DaemonHost(), err)
 	}
 	defer res.Body.Close()
 	answer, err := io.ReadAll(res.Body)
