@@ -27,6 +27,7 @@ import (
 	"dolium/internal/image"
 	"dolium/internal/isolation"
 	"dolium/internal/logs"
+	"dolium/internal/volume"
 )
 
 // Info describes the daemon and its host.
@@ -40,7 +41,7 @@ func (e *Engine) Info(ctx context.Context) (*system.Info, error) {
 		ID: id, Images: e.countImages(ctx),
 		Driver: image.SnapshotterName, DriverStatus: [][2]string{{"driver-type", "io.containerd.snapshotter.v1"}},
 		Plugins: system.PluginsInfo{
-			Volume: []string{"local"}, Network: []string{"bridge", "host", "null"}, Log: []string{logs.JSONFile, logs.Local},
+			Volume: []string{volume.BlockDriver, volume.LocalDriver}, Network: []string{"bridge", "host", "null"}, Log: []string{logs.JSONFile, logs.Local},
 		},
 		MemoryLimit: host.memory, SwapLimit: host.swap, CPUCfsPeriod: host.cpu, CPUCfsQuota: host.cpu, CPUShares: host.cpu, CPUSet: host.cpuset,
 		PidsLimit: host.pids, OomKillDisable: host.oomKillDisable, IPv4Forwarding: readTrimmed("/proc/sys/net/ipv4/ip_forward") == "1",

@@ -13,11 +13,15 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/containerd/errdefs"
 	securejoin "github.com/cyphar/filepath-securejoin"
 	"github.com/docker/go-units"
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/mount"
 	"github.com/moby/moby/api/types/volume"
+
+	"dolium/internal/fault"
+	"dolium/internal/isolation"
 )
 
 // mountPoint is one mount the user, the image or --volumes-from asked for.
@@ -36,6 +40,8 @@ type mountPoint struct {
 	Anonymous bool
 	NoCopy    bool
 	Subpath   string
+	// disk says that Source is a block volume's image, to be plugged into a machine.
+	disk bool
 	// CreateSource makes a bind's missing source as a directory (-v does, --mount doesn't).
 	CreateSource bool
 	NonRecursive bool
@@ -157,9 +163,6 @@ func parseBind(bind, driver string) (mountPoint, error) {
 		m.Type, m.Source, m.Driver = mount.TypeBind, path.Clean(parts[0]), ""
 	default:
 		m.Type, m.Name = mount.TypeVolume, parts[0]
-		if m.Driver == "" {
-			m.Driver = "local"
-		}
 	}
 	target := parts[0]
 	if len(parts) > 1 {
@@ -251,9 +254,6 @@ func planMount(spec mount.Mount, driver string) (mountPoint, error) {
 		if spec.BindOptions != nil || spec.TmpfsOptions != nil {
 			return fail("only VolumeOptions may be given")
 		}
-		if m.Driver == "" {
-			m.Driver = "local"
-		}
 	case mount.TypeTmpfs:
 		if spec.Source != "" {
 			return fail("field Source must not be specified")
@@ -330,19 +330,21 @@ func (e *Engine) acquireMounts(ctx context.Context, rec *record, u *undo) error 
 		if m.Type != mount.TypeVolume {
 			continue
 		}
-		if _, err := e.volumes.Inspect(ctx, m.Name); err != nil {
+		v, err := e.volumes.Inspect(ctx, m.Name)
+		switch {
+		case err == nil && m.Driver != "" && m.Driver != v.Driver:
+			return fault.New(errdefs.ErrConflict, "a volume named %s already exists with the %s driver: volume name must be unique", m.Name, v.Driver)
+		case err != nil:
 			labels := m.Labels
 			if m.Anonymous {
 				labels = map[string]string{"com.docker.volume.anonymous": ""}
 			}
-			if _, err := e.volumes.Create(ctx, volume.CreateRequest{Name: m.Name, Driver: m.Driver, DriverOpts: m.Options, Labels: labels}); err != nil {
+			if v, err = e.volumes.Create(ctx, volume.CreateRequest{Name: m.Name, Driver: m.Driver, DriverOpts: m.Options, Labels: labels}); err != nil {
 				return err
 			}
 			u.add(func() { e.volumes.Remove(undone, m.Name, true) })
 		}
-		if m.Driver == "" {
-			m.Driver = "local"
-		}
+		m.Driver = v.Driver
 		if err := e.volumes.Acquire(ctx, m.Name, rec.ID); err != nil {
 			return err
 		}
@@ -373,6 +375,9 @@ func (e *Engine) fillVolumes(ctx context.Context, rec *record) error {
 			continue
 		}
 		dst, err := e.volumes.Mount(ctx, m.Name, rec.ID, "")
+		if errors.Is(err, errdefs.ErrConflict) {
+			continue // in use, so it has been filled
+		}
 		if err != nil {
 			return err
 		}
@@ -403,15 +408,28 @@ func (e *Engine) mountSources(ctx context.Context, rec *record, u *undo) ([]moun
 				return nil, invalid("error while creating mount source path '%s': %w", m.Source, err)
 			}
 		case mount.TypeVolume:
-			src, err := e.volumes.Mount(ctx, m.Name, rec.ID, m.Subpath)
-			if err != nil {
+			u.add(func() { e.volumes.Unmount(undone, m.Name, rec.ID) })
+			if err := e.mountVolume(ctx, rec, m); err != nil {
 				return nil, err
 			}
-			u.add(func() { e.volumes.Unmount(undone, m.Name, rec.ID) })
-			m.Source = src
 		}
 	}
 	return mounts, nil
+}
+
+// mountVolume makes a volume ready for a container and sets the mount's source: a directory, or a disk for a machine.
+func (e *Engine) mountVolume(ctx context.Context, rec *record, m *mountPoint) (err error) {
+	d, err := e.driver(rec.HostConfig.Isolation)
+	if err != nil {
+		return err
+	}
+	if _, ok := d.(isolation.DiskRooter); ok && e.volumes.IsBlock(m.Name) {
+		m.disk = true
+		m.Source, err = e.volumes.Attach(ctx, m.Name, rec.ID, !m.RW)
+		return err
+	}
+	m.Source, err = e.volumes.Mount(ctx, m.Name, rec.ID, m.Subpath)
+	return err
 }
 
 // releaseMounts is the end of what mountSources made ready.

@@ -16,7 +16,7 @@ func TestBindsAreReadAsDockerReadsThem(t *testing.T) {
 		"/host:/data":              {Type: mount.TypeBind, Source: "/host", Target: "/data", RW: true, Propagation: mount.PropagationRPrivate, CreateSource: true},
 		"/host/../h:/data/../x:ro": {Type: mount.TypeBind, Source: "/h", Target: "/x", Mode: "ro", Propagation: mount.PropagationRPrivate, CreateSource: true},
 		"/h:/x:rslave,ro":          {Type: mount.TypeBind, Source: "/h", Target: "/x", Mode: "rslave,ro", Propagation: mount.PropagationRSlave, CreateSource: true},
-		"vol:/x:nocopy":            {Type: mount.TypeVolume, Name: "vol", Driver: "local", Target: "/x", RW: true, Mode: "nocopy", NoCopy: true, CreateSource: true},
+		"vol:/x:nocopy":            {Type: mount.TypeVolume, Name: "vol", Target: "/x", RW: true, Mode: "nocopy", NoCopy: true, CreateSource: true},
 	} {
 		got, err := parseBind(in, "")
 		if err != nil || !sameMount(got, want) {

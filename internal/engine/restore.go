@@ -57,6 +57,12 @@ func (e *Engine) Restore(ctx context.Context) error {
 	for c, r := range running {
 		e.takeBack(ctx, c, r)
 	}
+	for _, c := range e.all() {
+		// What was being started or looked at when the last daemon died holds volumes that others may want.
+		if rec, r := c.snapshot(); r == nil {
+			e.releaseMounts(ctx, &rec)
+		}
+	}
 	e.removeUnknown(ctx)
 	for _, c := range e.all() {
 		e.startByPolicy(ctx, c)

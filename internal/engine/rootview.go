@@ -156,11 +156,9 @@ func (e *Engine) viewedMounts(ctx context.Context, rec *record, u *undo) ([]moun
 		if m.Type != mount.TypeVolume {
 			continue
 		}
-		source, err := e.volumes.Mount(ctx, m.Name, rec.ID, m.Subpath)
-		if err != nil {
+		if err := e.mountVolume(ctx, rec, m); err != nil {
 			return nil, err
 		}
-		m.Source = source
 		if u != nil {
 			u.add(func() {
 				if err := e.volumes.Unmount(ctx, m.Name, rec.ID); err != nil {

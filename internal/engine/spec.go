@@ -16,6 +16,7 @@ import (
 	"dolium/internal/isolation"
 	"dolium/internal/logs"
 	"dolium/internal/network"
+	"dolium/internal/volume"
 )
 
 const defaultPath = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -265,6 +266,13 @@ func (e *Engine) systemMounts(rec *record, netFiles string, mounts []mountPoint)
 func (m *mountPoint) forDriver() isolation.Mount {
 	if m.Type == mount.TypeTmpfs {
 		return isolation.Mount{Target: m.Target, Type: "tmpfs", Options: m.Tmpfs}
+	}
+	if m.disk {
+		d := isolation.Mount{Source: m.Source, Target: m.Target, Type: "disk", FSType: volume.FileSystem, Subpath: m.Subpath}
+		if !m.RW {
+			d.Options = []string{"ro"}
+		}
+		return d
 	}
 	options := []string{"rbind"}
 	if m.NonRecursive {

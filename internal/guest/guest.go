@@ -282,17 +282,22 @@ type Machine struct {
 	Devices []string `json:"devices,omitempty"`
 }
 
+// VolumeRoot is the directory of a block volume's file system that is the volume.
+const VolumeRoot = "data"
+
 // Mount is one mount in the root, in the order to be made.
 type Mount struct {
-	// Type is "tmpfs", "share" (Source is a path in the virtiofs share) or "disk" (Source is a disk's serial number).
+	// Type is "tmpfs", "share" (Source is a path in the virtiofs share) or "disk" (Source is the serial number of a
+	// block volume's disk).
 	Type    string   `json:"type"`
 	Source  string   `json:"source,omitempty"`
 	Target  string   `json:"target"`
 	Options []string `json:"options,omitempty"`
 	// File says that the target is a file rather than a directory.
 	File bool `json:"file,omitempty"`
-	// FSType of a disk.
-	FSType string `json:"fstype,omitempty"`
+	// FSType of a disk, and what part of the volume on it is meant.
+	FSType  string `json:"fstype,omitempty"`
+	Subpath string `json:"subpath,omitempty"`
 }
 
 // File is a small file that the host keeps up to date.

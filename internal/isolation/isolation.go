@@ -326,8 +326,10 @@ type Mount struct {
 	Managed bool
 	// Source on the host; empty for tmpfs. Target inside the root, absolute.
 	Source, Target string
-	// Type is "bind" or "tmpfs".
-	Type string
+	// Type is "bind", "tmpfs", or "disk" for drivers with roots on disks: Source is a raw image of a block volume then, and
+	// Subpath the part of it that is meant.
+	Type            string
+	FSType, Subpath string
 	// Options as in mount(8): "ro", "rprivate", "size=65536", "mode=1777", "noexec" ...; a bind is recursive by "rbind".
 	Options []string
 }

@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -108,10 +109,17 @@ func (s *Store) create(ctx context.Context, name string, req volume.CreateReques
 	if req.ClusterVolumeSpec != nil {
 		return nil, fault.New(errdefs.ErrInvalidArgument, "cluster volumes are not supported")
 	}
-	if req.Driver != "" && req.Driver != LocalDriver {
-		return nil, fault.New(errdefs.ErrNotFound, "error looking up volume plugin %s: plugin %q not found", req.Driver, req.Driver)
+	rec := record{Driver: cmp.Or(req.Driver, LocalDriver), Options: maps.Clone(req.DriverOpts), Labels: labels, CreatedAt: time.Now().UTC().Truncate(time.Second)}
+	var err error
+	switch rec.Driver {
+	case LocalDriver:
+		err = checkOptions(req.DriverOpts)
+	case BlockDriver:
+		rec.Block, err = parseBlock(req.DriverOpts)
+	default:
+		err = fault.New(errdefs.ErrNotFound, "error looking up volume plugin %s: plugin %q not found", req.Driver, req.Driver)
 	}
-	if err := checkOptions(req.DriverOpts); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	s.byName.Lock(name)
@@ -120,14 +128,16 @@ func (s *Store) create(ctx context.Context, name string, req volume.CreateReques
 		return nil, err
 	}
 	if rec, ok := s.get(name); ok {
+		if req.Driver != "" && req.Driver != rec.Driver {
+			return nil, fault.New(errdefs.ErrConflict, "a volume named %s already exists with the %s driver: volume name must be unique", name, rec.Driver)
+		}
 		// A request without options takes the volume as it is; options that could not have their effect are refused.
 		if len(req.DriverOpts) > 0 && !maps.Equal(req.DriverOpts, rec.Options) {
 			return nil, fault.New(errdefs.ErrConflict, "driver '%s' already has volume '%s' with different options: volume name must be unique", rec.Driver, name)
 		}
 		return s.describe(name, rec), nil
 	}
-	rec := record{Driver: LocalDriver, Options: maps.Clone(req.DriverOpts), Labels: labels, CreatedAt: time.Now().UTC().Truncate(time.Second)}
-	if err := s.makeDirectory(name); err != nil {
+	if err := s.makeDirectory(ctx, name, rec.Block); err != nil {
 		return nil, err
 	}
 	// The directory is there before the record: a crash in between leaves an empty directory, which recover drops.
@@ -137,12 +147,12 @@ func (s *Store) create(ctx context.Context, name string, req volume.CreateReques
 	s.mu.Lock()
 	s.volumes[name] = rec
 	s.mu.Unlock()
-	s.event("create", name, map[string]string{"driver": LocalDriver})
+	s.event("create", name, map[string]string{"driver": rec.Driver})
 	return s.describe(name, rec), nil
 }
 
 // makeDirectory makes a volume's directory appear at once with all that belongs to it.
-func (s *Store) makeDirectory(name string) (err error) {
+func (s *Store) makeDirectory(ctx context.Context, name string, b *block) (err error) {
 	tmp := filepath.Join(s.root, creatingPrefix+name)
 	if err := removeTree(tmp); err != nil {
 		return err
@@ -152,15 +162,24 @@ func (s *Store) makeDirectory(name string) (err error) {
 			err = errors.Join(err, removeTree(tmp))
 		}
 	}()
-	if err := os.Mkdir(tmp, rootMode); err != nil {
+	mode := os.FileMode(rootMode)
+	if b != nil {
+		mode = blockMode
+	}
+	if err := os.Mkdir(tmp, mode); err != nil {
 		return err
 	}
 	if err := os.Mkdir(filepath.Join(tmp, dataDir), dataDefaultMode); err != nil {
 		return err
 	}
 	// Modes are exact, whatever the umask: processes in containers that aren't root must get through.
-	if err := errors.Join(os.Chmod(tmp, rootMode), os.Chmod(filepath.Join(tmp, dataDir), dataDefaultMode)); err != nil {
+	if err := errors.Join(os.Chmod(tmp, mode), os.Chmod(filepath.Join(tmp, dataDir), dataDefaultMode)); err != nil {
 		return err
+	}
+	if b != nil {
+		if err := makeImage(ctx, tmp, b.Size); err != nil {
+			return err
+		}
 	}
 	return os.Rename(tmp, filepath.Join(s.root, name))
 }

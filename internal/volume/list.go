@@ -21,6 +21,17 @@ type entry struct {
 	users int
 }
 
+// elsewhere says that a volume's content isn't ours.
+func (e *entry) elsewhere() bool { return e.rec.Block == nil && len(e.rec.Options) > 0 }
+
+// size is how large a volume's content is, in bytes.
+func (s *Store) size(ctx context.Context, e entry) (int64, error) {
+	if e.rec.Block != nil {
+		return s.allocated(e.name)
+	}
+	return directorySize(ctx, s.data(e.name))
+}
+
 // snapshot returns all volumes by name.
 func (s *Store) snapshot() []entry {
 	s.mu.Lock()
@@ -63,10 +74,10 @@ func matchesLabels(f filters.Args, labels map[string]string) bool {
 func (s *Store) DiskUsage(ctx context.Context) (*volume.DiskUsage, error) {
 	usage := &volume.DiskUsage{Items: []volume.Volume{}}
 	for _, v := range s.snapshot() {
-		if len(v.rec.Options) > 0 {
+		if v.elsewhere() {
 			continue
 		}
-		size, err := directorySize(ctx, s.data(v.name))
+		size, err := s.size(ctx, v)
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}

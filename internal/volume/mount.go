@@ -62,12 +62,14 @@ func (s *Store) Unmount(_ context.Context, name, containerID string) error {
 	if err := os.Remove(filepath.Join(s.root, subpathsDir, containerID)); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {
 		return fmt.Errorf("unmount volume %s: %w", name, err)
 	}
-	return s.unmountFor(name, containerID)
+	return errors.Join(s.unmountFor(name, containerID), s.detach(name, containerID))
 }
 
-func needsMount(rec record) bool { return rec.Options["type"] != "" || rec.Options["device"] != "" }
+func needsMount(rec record) bool {
+	return rec.Block != nil || rec.Options["type"] != "" || rec.Options["device"] != ""
+}
 
-// mountFor mounts a volume with mount options unless it is mounted for another container already, and remembers for
+// mountFor mounts a volume that has to be unless it is mounted for another container already, and remembers for
 // whom, because the mount outlives the daemon. The caller holds the volume's lock.
 func (s *Store) mountFor(ctx context.Context, name string, rec record, containerID string) error {
 	data := s.data(name)
@@ -76,8 +78,15 @@ func (s *Store) mountFor(ctx context.Context, name string, rec record, container
 		return err
 	}
 	if !mounted {
-		if err := mountOptions(ctx, data, rec.Options); err != nil {
-			return fmt.Errorf("failed to mount local volume: %w", err)
+		if rec.Block == nil {
+			err = mountOptions(ctx, data, rec.Options)
+		} else if err = s.mountImage(ctx, name, rec); err == nil {
+			b := *rec.Block
+			b.Foreign = false
+			rec.Block = &b
+		}
+		if err != nil {
+			return fmt.Errorf("failed to mount %s volume: %w", rec.Driver, err)
 		}
 	}
 	rec.MountedFor = append(slices.Clone(rec.MountedFor), containerID)

@@ -97,10 +97,10 @@ func (s *Store) Prune(ctx context.Context, f filters.Args) (*volume.PruneReport,
 			break // what was done is reported
 		}
 		_, anonymous := v.rec.Labels[AnonymousLabel]
-		if !all && !anonymous || len(v.rec.Options) > 0 || v.users > 0 || !matchesLabels(f, v.rec.Labels) {
+		if !all && !anonymous || v.elsewhere() || v.users > 0 || !matchesLabels(f, v.rec.Labels) {
 			continue
 		}
-		size, err := directorySize(ctx, s.data(v.name))
+		size, err := s.size(ctx, v)
 		if err != nil {
 			s.log.Warn("can't tell the size of a volume", "volume", v.name, "error", err)
 		}

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -28,7 +29,7 @@ import (
 	"dolium/internal/state"
 )
 
-// LocalDriver is the name of the only driver there is by default.
+// LocalDriver is the name of the driver whose volumes are directories, the default.
 const LocalDriver = "local"
 
 // AnonymousLabel marks volumes that were made without a name.
@@ -76,8 +77,10 @@ type record struct {
 	Options   map[string]string
 	Labels    map[string]string
 	CreatedAt time.Time
-	// MountedFor are the containers a volume with mount options is mounted for.
+	// MountedFor are the containers a volume that has to be mounted is mounted for.
 	MountedFor []string `json:",omitempty"`
+	// Block is of a volume that is a disk.
+	Block *block `json:",omitempty"`
 }
 
 // New opens the volumes below cfg.Root and finishes or undoes what was interrupted. Until Restore has told what
@@ -177,6 +180,11 @@ func (s *Store) recoverVolume(ctx context.Context, name string, rec record) erro
 	if err := s.recoverCopyUp(ctx, name); err != nil {
 		return err
 	}
+	if rec.Block != nil {
+		if err := s.recoverBlock(name, rec); err != nil {
+			return err
+		}
+	}
 	if len(rec.MountedFor) == 0 {
 		return nil
 	}
@@ -207,7 +215,11 @@ func (s *Store) Restore(ctx context.Context, references map[string][]string) err
 	}
 	stale := map[string][]string{}
 	for name, rec := range s.volumes {
-		for _, id := range rec.MountedFor {
+		users := slices.Clone(rec.MountedFor)
+		if rec.Block != nil {
+			users = slices.AppendSeq(users, maps.Keys(rec.Block.Attached))
+		}
+		for _, id := range users {
 			if !s.refs[name][id] {
 				stale[name] = append(stale[name], id)
 			}
@@ -291,8 +303,12 @@ func (s *Store) users(name string) []string {
 func (s *Store) data(name string) string { return filepath.Join(s.root, name, dataDir) }
 
 func (s *Store) describe(name string, rec record) *volume.Volume {
-	return &volume.Volume{
+	v := &volume.Volume{
 		Name: name, Driver: rec.Driver, Mountpoint: s.data(name), Scope: "local",
 		CreatedAt: rec.CreatedAt.Format(time.RFC3339), Labels: rec.Labels, Options: rec.Options,
 	}
+	if rec.Block != nil {
+		v.Status = s.status(name, rec.Block)
+	}
+	return v
 }

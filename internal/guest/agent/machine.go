@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -13,7 +14,9 @@ import (
 	"unsafe"
 
 	"github.com/containerd/errdefs"
+	securejoin "github.com/cyphar/filepath-securejoin/pathrs-lite"
 	"github.com/moby/sys/mount"
+	"github.com/moby/sys/mountinfo"
 	"github.com/moby/sys/symlink"
 	"golang.org/x/sys/unix"
 
@@ -386,14 +389,51 @@ func mountOne(m *guest.Mount) error {
 	case "share":
 		return mountShared(m, at)
 	case "disk":
-		dev, err := disk(m.Source)
+		return mountVolume(m, at)
+	}
+	return fmt.Errorf("unknown type %q: %w", m.Type, errdefs.ErrInvalidArgument)
+}
+
+// volumesDir has the file systems of block volumes.
+const volumesDir = "/volumes"
+
+// mountVolume mounts a block volume, or a part of it. Its file system is mounted once, and read-only if its disk is.
+func mountVolume(m *guest.Mount, at string) error {
+	dev, err := disk(m.Source)
+	if err != nil {
+		return err
+	}
+	base := filepath.Join(volumesDir, m.Source)
+	if err := os.MkdirAll(base, 0o700); err != nil {
+		return err
+	}
+	if mounted, err := mountinfo.Mounted(base); err != nil {
+		return err
+	} else if !mounted {
+		ro, err := os.ReadFile("/sys/block/" + filepath.Base(dev) + "/ro")
 		if err != nil {
 			return err
 		}
-		flags, data, _ := parseOptions(m.Options)
-		return unix.Mount(dev, at, m.FSType, flags, data)
+		flags, data := uintptr(unix.MS_NODEV), "discard"
+		if strings.TrimSpace(string(ro)) == "1" {
+			flags, data = flags|unix.MS_RDONLY, "noload"
+		}
+		if err := unix.Mount(dev, base, m.FSType, flags, data); err != nil {
+			return err
+		}
 	}
-	return fmt.Errorf("unknown type %q: %w", m.Type, errdefs.ErrInvalidArgument)
+	from, err := securejoin.OpenInRoot(filepath.Join(base, guest.VolumeRoot), cmp.Or(m.Subpath, "."))
+	if err != nil {
+		return err
+	}
+	defer from.Close()
+	if err := unix.Mount(fmt.Sprintf("/proc/self/fd/%d", from.Fd()), at, "", unix.MS_BIND, ""); err != nil {
+		return err
+	}
+	if slices.Contains(m.Options, "ro") {
+		return unix.Mount("", at, "", unix.MS_REMOUNT|unix.MS_BIND|unix.MS_RDONLY, "")
+	}
+	return nil
 }
 
 func mountTmpfs(m *guest.Mount, at string) error {

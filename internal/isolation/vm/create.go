@@ -108,8 +108,11 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 		m.ports = append(m.ports, i)
 	}
 	var sh shares
-	setUp, files, err := d.guestMachine(s, network, &sh)
+	setUp, files, err := d.guestMachine(s, network, &sh, &m.volumes)
 	if err != nil {
+		return nil, err
+	}
+	if err := m.volumes.own(user); err != nil {
 		return nil, err
 	}
 	if m.share = len(sh.mounts) > 0; m.share {
@@ -163,7 +166,7 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 	}
 	k := &known{
 		NetNS: s.NetNS, User: user, CPUs: m.cpus, Max: m.maxCPUs, Memory: m.memory, Base: m.memory, MaxMemory: m.maxMemory, Process: inherited(first), Managed: files,
-		NICs: map[string]int{}, DNS: network.DNS, Board: m.board, Boot: m.boot.name, BaseCPUs: m.cpus, Disk: m.upper, Share: m.share, IO: io, Apart: m.apart,
+		NICs: map[string]int{}, DNS: network.DNS, Board: m.board, Boot: m.boot.name, BaseCPUs: m.cpus, Disk: m.upper, Share: m.share, IO: io, Apart: m.apart, Volumes: len(m.volumes),
 	}
 	for i, n := range m.nics {
 		k.NICs[n.tap] = m.ports[i]
@@ -264,6 +267,7 @@ func (d *Driver) confine(m *machine, s *isolation.Spec, user int) (*specsSpec, e
 	if m.lower != "" {
 		c.files = append(c.files, hostFile{path: m.lower})
 	}
+	c.files = append(c.files, m.volumes.files()...)
 	if s.NetNS != "" {
 		c.devices = append(c.devices, "/dev/net/tun")
 	}
@@ -277,7 +281,7 @@ func (d *Driver) confine(m *machine, s *isolation.Spec, user int) (*specsSpec, e
 }
 
 // guestMachine is what the guest is told about itself, and the files of it that the engine keeps.
-func (d *Driver) guestMachine(s *isolation.Spec, network *guest.Network, sh *shares) (*guest.Machine, []managed, error) {
+func (d *Driver) guestMachine(s *isolation.Spec, network *guest.Network, sh *shares, vs *volumes) (*guest.Machine, []managed, error) {
 	seed := make([]byte, 64)
 	if _, err := rand.Read(seed); err != nil {
 		return nil, nil, err
@@ -311,6 +315,12 @@ func (d *Driver) guestMachine(s *isolation.Spec, network *guest.Network, sh *sha
 			}
 		case x.Type == "tmpfs":
 			m.Mounts = append(m.Mounts, guest.Mount{Type: "tmpfs", Target: x.Target, Options: x.Options})
+		case x.Type == "disk":
+			g, err := vs.add(x)
+			if err != nil {
+				return nil, nil, err
+			}
+			m.Mounts = append(m.Mounts, g)
 		default:
 			g, err := sh.add(x)
 			if err != nil {

@@ -5,13 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 
 	"github.com/docker/go-units"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
-// How much a machine's writable disk and its interfaces may do is said by annotations, and can be changed while it runs.
+// How much a machine's disks and its interfaces may do is said by annotations, and can be changed while it runs.
 // The disk is throttled by QEMU, interfaces by the kernel's token buckets: one on the tap for what the guest gets, one on the
 // interface beside it for what it sends.
 const (
@@ -68,7 +69,7 @@ func (d *Driver) limit(ctx context.Context, id string, annotations map[string]st
 	return d.remember(id, k)
 }
 
-// throttleDisk limits a running machine's writable disk.
+// throttleDisk limits a running machine's disks: the writable one and those of volumes, each for itself.
 func (d *Driver) throttleDisk(ctx context.Context, id string, l ioLimits) error {
 	return d.monitored(ctx, id, func(m *monitor) error {
 		var disks []struct {
@@ -80,15 +81,18 @@ func (d *Driver) throttleDisk(ctx context.Context, id string, l ioLimits) error 
 		if err := m.run("query-block", nil, &disks); err != nil {
 			return err
 		}
-		path := ""
 		for _, x := range disks {
-			if x.Inserted.Node == "upper" {
-				path = x.Path
+			if x.Inserted.Node != "upper" && !strings.HasPrefix(x.Inserted.Node, volumePrefix) {
+				continue
+			}
+			err := m.run("block_set_io_throttle", map[string]any{
+				"id": x.Path, "iops": l.IOPS, "bps": l.DiskBandwidth, "iops_rd": 0, "iops_wr": 0, "bps_rd": 0, "bps_wr": 0,
+			}, nil)
+			if err != nil {
+				return err
 			}
 		}
-		return m.run("block_set_io_throttle", map[string]any{
-			"id": path, "iops": l.IOPS, "bps": l.DiskBandwidth, "iops_rd": 0, "iops_wr": 0, "bps_rd": 0, "bps_wr": 0,
-		}, nil)
+		return nil
 	})
 }
 

@@ -3,7 +3,6 @@ package vm
 import (
 	"fmt"
 	"path/filepath"
-	"strconv"
 	"strings"
 )
 
@@ -22,13 +21,14 @@ const (
 )
 
 // hotPorts is how many devices can be plugged into a running machine.
-const hotPorts = 8
+const hotPorts = 9
 
-// Which port is for what: the last for the share of directories, the one before for more memory, the rest for networks.
+// Which port is for what: the last for volumes, then the share of directories, more memory, and the rest for networks.
 const (
-	sharePort  = hotPorts - 1
-	memoryPort = hotPorts - 2
-	nicPorts   = hotPorts - 2
+	volumePort = hotPorts - 1
+	sharePort  = hotPorts - 2
+	memoryPort = hotPorts - 3
+	nicPorts   = hotPorts - 3
 )
 
 // shape is how large a machine is, and what it has.
@@ -40,6 +40,7 @@ type shape struct {
 	share             bool // directories of the host's by virtiofs
 	lower, upper      string
 	volatile          bool
+	volumes           volumes
 	apart             bool // the upper disk is served by a process of its own
 	// memoryFile is the file that is the machine's memory; empty for memory that is nothing else. With incoming it has
 	// what a template had, and QEMU is given the rest of its state.
@@ -105,6 +106,9 @@ func (m *machine) args() []string {
 	}
 
 	a = append(a, m.diskArgs()...)
+	if !m.incoming { // else plugged in when the state was read
+		a = append(a, m.volumes.args()...)
+	}
 
 	// Networks.
 	for i, n := range m.nics {
@@ -152,8 +156,8 @@ func (m *machine) diskArgs() []string {
 	return a
 }
 
-// portAddr puts eight ports into one slot, as functions of it.
-func portAddr(i int) string { return "10." + strconv.Itoa(i) }
+// portAddr puts eight ports into one slot, as functions of it, and the rest into the next.
+func portAddr(i int) string { return fmt.Sprintf("%d.%d", 10+i/8, i%8) }
 
 // commandLine is the kernel's.
 func (m *machine) commandLine() string {

@@ -18,7 +18,9 @@ type starting struct {
 	memory string // file to be removed when QEMU has it
 	nics   []nic
 	share  bool
-	then   func()
+	// volumes are plugged in.
+	volumes volumes
+	then    func()
 	// checkpoint says that the state is all of a machine's, which runs.
 	checkpoint bool
 }
@@ -42,7 +44,7 @@ func (d *Driver) memoryOf(m *machine, s *isolation.Spec, key string, as purpose)
 			return starting{}, errors.Join(fmt.Errorf("copy a template's memory: %w", err), os.RemoveAll(m.memoryFile))
 		}
 		err := os.Chown(m.memoryFile, userOf(s.ID), userOf(s.ID))
-		return starting{state: filepath.Join(dir, stateFile), memory: m.memoryFile, nics: m.nics, share: m.share}, err
+		return starting{state: filepath.Join(dir, stateFile), memory: m.memoryFile, nics: m.nics, share: m.share, volumes: m.volumes}, err
 	}
 }
 

@@ -50,7 +50,7 @@ const (
 // templateKey names everything that a machine's state depends on.
 func (m *machine) templateKey(diskSize int64) string {
 	h := sha256.New()
-	fmt.Fprintln(h, 2, m.boot.name, m.qemu.path, m.qemu.major, m.qemu.minor, m.qemu.accel.Name, m.cpus, m.maxCPUs, m.memory, m.maxMemory, diskSize, hotPorts, len(m.nics) > 0)
+	fmt.Fprintln(h, 3, m.boot.name, m.qemu.path, m.qemu.major, m.qemu.minor, m.qemu.accel.Name, m.cpus, m.maxCPUs, m.memory, m.maxMemory, diskSize, hotPorts, len(m.nics) > 0)
 	if info, err := os.Stat(m.qemu.path); err == nil {
 		fmt.Fprintln(h, info.Size(), info.ModTime().UnixNano())
 	}
@@ -332,6 +332,9 @@ func (d *Driver) resume(ctx context.Context, id string, s *starting) error {
 			if err := m.plugNIC(&n, port, false); err != nil {
 				return err
 			}
+		}
+		if err := s.volumes.plug(m); err != nil {
+			return err
 		}
 		if !s.share {
 			return nil

@@ -176,6 +176,8 @@ type known struct {
 	Share    bool     `json:"share,omitempty"`
 	IO       ioLimits `json:"io,omitzero"`
 	Apart    bool     `json:"diskApart,omitempty"`
+	// Volumes is how many block volumes it has.
+	Volumes int `json:"volumes,omitempty"`
 	// OS is of a machine with an operating system of its own.
 	OS *knownOS `json:"os,omitempty"`
 }
