@@ -184,13 +184,24 @@ func (e *Engine) ContainerResume(ctx context.Context, ref string) error {
 		return err
 	}
 	dir := e.suspendedDir(c.ID())
-	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
+	if !e.isSuspended(c.ID()) {
 		return wrongState("Container %s is not suspended", c.ID())
 	}
 	if err := e.restore(ctx, c, dir, "suspended"); err != nil {
 		return err
 	}
-	return os.RemoveAll(dir)
+	err = os.RemoveAll(dir)
+	c.life.Lock()
+	defer c.life.Unlock()
+	if rec, r := c.snapshot(); r == nil {
+		e.releaseMounts(ctx, &rec) // it has ended already, while it still counted as suspended
+	}
+	return err
+}
+
+func (e *Engine) isSuspended(id string) bool {
+	_, err := os.Stat(e.suspendedDir(id))
+	return err == nil
 }
 
 // ContainerClone makes a container that goes on, under another name and with addresses of its own, from where a running

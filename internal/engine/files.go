@@ -48,6 +48,10 @@ func (e *Engine) files(ctx context.Context, c *Container) (isolation.Files, erro
 		}
 		return filer.Files(ctx, rec.ID, nil)
 	}
+	if e.isSuspended(rec.ID) {
+		c.life.Unlock()
+		return nil, wrongState("Container %s is suspended: its files are in its machine, resume or start it first", rec.ID)
+	}
 	var u undo
 	u.add(c.life.Unlock)
 	root, err := e.makeRoot(ctx, d, &rec, &u)

@@ -408,7 +408,7 @@ func (e *Engine) mountSources(ctx context.Context, rec *record, u *undo) ([]moun
 				return nil, invalid("error while creating mount source path '%s': %w", m.Source, err)
 			}
 		case mount.TypeVolume:
-			u.add(func() { e.volumes.Unmount(undone, m.Name, rec.ID) })
+			u.add(func() { e.unmountVolume(undone, rec, m) })
 			if err := e.mountVolume(ctx, rec, m); err != nil {
 				return nil, err
 			}
@@ -438,8 +438,16 @@ func (e *Engine) releaseMounts(ctx context.Context, rec *record) {
 		if m.Type != mount.TypeVolume {
 			continue
 		}
-		if err := e.volumes.Unmount(ctx, m.Name, rec.ID); err != nil {
-			e.log.Warn("volume stays mounted", "container", rec.ID, "volume", m.Name, "error", err)
-		}
+		e.unmountVolume(ctx, rec, &m)
+	}
+}
+
+// unmountVolume is mountVolume's opposite. A suspended machine has its disks as long as it may go on with them.
+func (e *Engine) unmountVolume(ctx context.Context, rec *record, m *mountPoint) {
+	if e.isSuspended(rec.ID) && e.volumes.IsBlock(m.Name) {
+		return
+	}
+	if err := e.volumes.Unmount(ctx, m.Name, rec.ID); err != nil {
+		e.log.Warn("volume stays mounted", "container", rec.ID, "volume", m.Name, "error", err)
 	}
 }

@@ -101,7 +101,8 @@ func (e *Engine) remove(ctx context.Context, c *Container, o RemoveOptions) erro
 		if m.Type != mount.TypeVolume {
 			continue
 		}
-		warn("volume "+m.Name, e.volumes.Release(ctx, m.Name, rec.ID))
+		// One that was suspended has them still.
+		warn("volume "+m.Name, errors.Join(e.volumes.Unmount(ctx, m.Name, rec.ID), e.volumes.Release(ctx, m.Name, rec.ID)))
 		if o.Volumes && m.Anonymous {
 			err := e.volumes.Remove(ctx, m.Name, false)
 			if !errors.Is(err, errdefs.ErrConflict) { // another container uses it by --volumes-from

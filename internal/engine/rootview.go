@@ -160,11 +160,7 @@ func (e *Engine) viewedMounts(ctx context.Context, rec *record, u *undo) ([]moun
 			return nil, err
 		}
 		if u != nil {
-			u.add(func() {
-				if err := e.volumes.Unmount(ctx, m.Name, rec.ID); err != nil {
-					e.log.Warn("volume stays mounted", "container", rec.ID, "volume", m.Name, "error", err)
-				}
-			})
+			u.add(func() { e.unmountVolume(ctx, rec, m) })
 		}
 	}
 	return mounts, nil

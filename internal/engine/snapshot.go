@@ -182,6 +182,7 @@ func (e *Engine) SnapshotRevert(ctx context.Context, ref, name string) error {
 	if err := os.RemoveAll(e.suspendedDir(rec.ID)); err != nil {
 		return err
 	}
+	e.releaseMounts(ctx, &rec)
 	return s.Revert(context.WithoutCancel(ctx), &isolation.Disk{Dir: disk.Dir}, dir)
 }
 

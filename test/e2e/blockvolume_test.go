@@ -61,7 +61,6 @@ func TestABlockVolumeIsForContainersAndVirtualMachines(t *testing.T) {
 	d.Fails(125, "a virtual machine has it", "run", "--rm", "-v", "db:/data", "busybox", "true")
 	d.Fails(125, "a virtual machine has it", vm("--rm", "-v", "db:/data", "busybox", "true")...)
 	d.Fails(1, "volume is in use", "volume", "rm", "db")
-	d.Program(filepath.Join(host.Bin(), "dolium")).Fails(1, "block volumes can't be saved", "suspend", "m1")
 
 	// A killed daemon knows who has it; a killed machine's journal is read by whoever is next.
 	h.Kill9(t)
@@ -78,7 +77,24 @@ func TestABlockVolumeIsForContainersAndVirtualMachines(t *testing.T) {
 	if got := printed("m2"); got != want+"\nread-only" {
 		t.Errorf("the second machine sees %q", got)
 	}
-	d.OK("rm", "-f", "m2")
+	// It can be suspended, keeps its volumes meanwhile, and goes on with them.
+	own := d.Program(filepath.Join(host.Bin(), "dolium"))
+	own.Fails(1, "can only be suspended", "clone", "m2", "m3")
+	own.OK("suspend", "m2")
+	d.Fails(125, "a virtual machine has it", "run", "--rm", "-v", "db:/data", "busybox", "true")
+	d.Fails(1, "is suspended", "cp", "m2:/data/file", t.TempDir())
+	h.Kill9(t)
+	h.Start(t)
+	d.Fails(125, "a virtual machine has it", "run", "--rm", "-v", "db:/data", "busybox", "true")
+	own.OK("resume", "m2")
+	if got := d.OK("exec", "m2", "sh", "-c", "echo resumed >/data/resumed; cat /data/file; sync"); got != "container\nmachine" {
+		t.Errorf("the resumed machine sees %q", got)
+	}
+	own.OK("suspend", "m2")
+	d.OK("rm", "m2")
+	if got := d.OK("run", "--rm", "-v", "db:/data", "busybox", "sh", "-c", "ls /data; rm -f /data/resumed"); !strings.HasPrefix(got, "file\npart") {
+		t.Errorf("without the suspended machine a container sees %q", got)
+	}
 
 	// Several machines may read it.
 	d.OK(vm("-d", "--name", "r1", "-v", "db:/data:ro", "busybox", "sh", "-c", "cat /data/file; sleep 100000")...)

@@ -47,8 +47,8 @@ func (i *instance) Checkpoint(ctx context.Context, dir string, disk, exit bool) 
 	switch {
 	case k.Share:
 		return fault.New(errdefs.ErrFailedPrecondition, "a virtual machine with volumes or binds can't be saved: the state of directories of the host isn't the machine's")
-	case k.Volumes > 0:
-		return fault.New(errdefs.ErrFailedPrecondition, "a virtual machine with block volumes can't be saved: others may write to them while it isn't there")
+	case k.Volumes > 0 && (disk || !exit):
+		return fault.New(errdefs.ErrFailedPrecondition, "a virtual machine with block volumes can only be suspended: a checkpoint or a clone would go on with volumes that were written to since")
 	case k.Apart:
 		return fault.New(errdefs.ErrFailedPrecondition, "a virtual machine whose disk is served by a process of its own can't be saved while it runs")
 	case k.Extra || k.CPUs != k.BaseCPUs:

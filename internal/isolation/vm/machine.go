@@ -106,7 +106,7 @@ func (m *machine) args() []string {
 	}
 
 	a = append(a, m.diskArgs()...)
-	if !m.incoming { // else plugged in when the state was read
+	if !m.incoming || m.complete { // else plugged in when the state was read
 		a = append(a, m.volumes.args()...)
 	}
 
