@@ -148,7 +148,7 @@ func TestDisksAndCDsBecomeMachines(t *testing.T) {
 		}{
 			{"takes no command", []string{"tiny-raw", "sh"}},
 			{"takes no environment", []string{"-e", "A=b", "tiny-raw"}},
-			{"mounts nothing", []string{"-v", "/tmp:/tmp", "tiny-raw"}},
+			{"mounts what is in memory itself", []string{"--tmpfs", "/x", "tiny-raw"}},
 			{"can't be read-only", []string{"--read-only", "tiny-raw"}},
 			{"capabilities", []string{"--cap-add", "NET_ADMIN", "tiny-raw"}},
 			{"can be bios, uefi, secure-boot", []string{"--annotation", "dolium.vm.firmware=coreboot", "tiny-raw"}},
@@ -262,9 +262,16 @@ func TestADebianDiskIsAMachine(t *testing.T) {
 	if err := os.WriteFile(keyFile, ssh.MarshalAuthorizedKey(key), 0o644); err != nil {
 		t.Fatal(err)
 	}
+	shared := t.TempDir()
+	if err := os.WriteFile(filepath.Join(shared, "file"), []byte("the host's\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	d.OK("volume", "create", "-d", "block", "-o", "size=100m", "work")
+	d.OK("run", "--rm", "-v", "work:/work", "busybox", "sh", "-c", "echo a container was here >/work/file")
 	d.OK("network", "create", "net")
 	d.OK("run", "-d", "--name", "web", "--network", "net", "busybox", "sleep", "100000")
-	d.OK("vm", "run", "--name", "deb", "--network", "net", "--hostname", "debby", "--cpus", "2", "--disk", "4G", "--login", "anna", "--ssh-key", keyFile, "debian-machine")
+	d.OK("vm", "run", "--name", "deb", "--network", "net", "--hostname", "debby", "--cpus", "2", "--disk", "4G", "--login", "anna", "--ssh-key", keyFile,
+		"-v", "work:/srv/work", "--mount", "type=volume,src=named,dst=/srv/it's named", "-v", shared+":/srv/host:ro", "debian-machine")
 
 	path, err := exec.LookPath("chromium")
 	if err != nil {
@@ -336,6 +343,9 @@ func TestADebianDiskIsAMachine(t *testing.T) {
 		}
 	}
 	reached()
+	if got, err := shell(`cat /srv/work/file /srv/host/file; echo a machine too | sudo tee -a /srv/work/file >/dev/null; echo named | sudo tee "/srv/it's named/file" >/dev/null; sudo touch /srv/host/x 2>/dev/null || echo read-only; sync`); err != nil || got != "a container was here\nthe host's\nread-only" {
+		t.Errorf("volumes: %q, %v", got, err)
+	}
 
 	patiently(t, "the machine's agent answers", 3*time.Minute, func() error {
 		if r := d.Run("exec", "deb", "true"); r.Code != 0 {
@@ -395,6 +405,13 @@ func TestADebianDiskIsAMachine(t *testing.T) {
 	}
 	if logs := d.Run("logs", "deb").Stdout; !strings.Contains(logs, "Power down") {
 		t.Errorf("it was not shut down: %q", logs[max(0, len(logs)-400):])
+	}
+
+	if got := d.OK("run", "--rm", "-v", "work:/work", "busybox", "cat", "/work/file"); got != "a container was here\na machine too" {
+		t.Errorf("on the block volume is %q", got)
+	}
+	if got := d.OK("run", "--rm", "-v", "named:/work", "busybox", "cat", "/work/file"); got != "named" {
+		t.Errorf("in the volume is %q", got)
 	}
 
 	// The same disk boots by UEFI.

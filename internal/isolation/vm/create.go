@@ -65,10 +65,6 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 	if err != nil {
 		return nil, err
 	}
-	log, err := process.KeeperLog(&s.Log)
-	if err != nil {
-		return nil, err
-	}
 	m := machine{qemu: q, boot: boot, dir: d.runDir(s.ID), name: s.Name}
 	m.board = fmt.Sprintf("pc-q35-%d.%d", q.major, q.minor)
 	if err := d.size(&m.shape, s.Host); err != nil {
@@ -83,8 +79,8 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 		}
 	}
 	m.lower, m.volatile = s.Disk.Lower, s.Disk.Volatile
-	user := userOf(s.ID)
-	if err := d.makeRunDir(s.ID, user, m.upper); err != nil {
+	g, err := d.prepare(s, m.upper)
+	if err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -92,19 +88,12 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 			err = errors.Join(err, os.RemoveAll(d.runDir(s.ID)))
 		}
 	}()
-	io, err := parseIOLimits(s.Host.Annotations)
-	if err != nil {
-		return nil, err
+	user, network := g.user, g.network
+	m.nics = g.nics
+	if m.complete && len(m.ports) != len(m.nics) {
+		return nil, invalid("the checkpoint is of a machine on %d networks, and the container is on %d", len(m.ports), len(m.nics))
 	}
-	nics, network, err := wire(s.NetNS, user, io.NetBandwidth)
-	if err != nil {
-		return nil, err
-	}
-	m.nics = nics
-	if m.complete && len(m.ports) != len(nics) {
-		return nil, invalid("the checkpoint is of a machine on %d networks, and the container is on %d", len(m.ports), len(nics))
-	}
-	for i := len(m.ports); i < len(nics); i++ {
+	for i := len(m.ports); i < len(m.nics); i++ {
 		m.ports = append(m.ports, i)
 	}
 	var sh shares
@@ -166,19 +155,16 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 	}
 	k := &known{
 		NetNS: s.NetNS, User: user, CPUs: m.cpus, Max: m.maxCPUs, Memory: m.memory, Base: m.memory, MaxMemory: m.maxMemory, Process: inherited(first), Managed: files,
-		NICs: map[string]int{}, DNS: network.DNS, Board: m.board, Boot: m.boot.name, BaseCPUs: m.cpus, Disk: m.upper, Share: m.share, IO: io, Apart: m.apart, Volumes: len(m.volumes),
+		NICs: map[string]int{}, DNS: network.DNS, Board: m.board, Boot: m.boot.name, BaseCPUs: m.cpus, Disk: m.upper, Share: m.share, IO: g.io, Apart: m.apart, Volumes: len(m.volumes),
 	}
 	for i, n := range m.nics {
 		k.NICs[n.tap] = m.ports[i]
-	}
-	if len(m.nics) > nicPorts {
-		return nil, invalid("a virtual machine can be on %d networks, not on %d", nicPorts, len(m.nics))
 	}
 	if err := d.remember(s.ID, k); err != nil {
 		return nil, err
 	}
 	err = d.keeper.Create(ctx, s.ID, &keeper.Create{
-		Spec: spec, IO: keeper.IO{OpenStdin: s.Process.OpenStdin, StdinOnce: s.Process.StdinOnce}, Log: log, Owner: owner,
+		Spec: spec, IO: keeper.IO{OpenStdin: s.Process.OpenStdin, StdinOnce: s.Process.StdinOnce}, Log: g.log, Owner: owner,
 		SystemdCgroup: s.SystemdCgroup,
 		Machine: &keeper.Machine{
 			Channel: filepath.Join(m.dir, channelSocket), Stderr: filepath.Join(m.dir, stderrFile), NetNS: s.NetNS,
@@ -192,6 +178,37 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 	i := d.instance(s.ID)
 	i.start = start
 	return i, nil
+}
+
+// ground is what every machine stands on.
+type ground struct {
+	user    int
+	log     keeper.Log
+	io      ioLimits
+	nics    []nic
+	network *guest.Network
+}
+
+// prepare makes a machine's directory below the exec-root, gives its disk to its user, and connects its interfaces.
+func (d *Driver) prepare(s *isolation.Spec, disk string) (_ *ground, err error) {
+	g := &ground{user: userOf(s.ID)}
+	if g.log, err = process.KeeperLog(&s.Log); err != nil {
+		return nil, err
+	}
+	if g.io, err = parseIOLimits(s.Host.Annotations); err != nil {
+		return nil, err
+	}
+	if err := d.makeRunDir(s.ID, g.user, disk); err != nil {
+		return nil, err
+	}
+	g.nics, g.network, err = wire(s.NetNS, g.user, g.io.NetBandwidth)
+	if err == nil && len(g.nics) > nicPorts {
+		err = invalid("a virtual machine can be on %d networks, not on %d", nicPorts, len(g.nics))
+	}
+	if err != nil {
+		return nil, errors.Join(err, os.RemoveAll(d.runDir(s.ID)))
+	}
+	return g, nil
 }
 
 // owner marks what the keeper holds for this driver.

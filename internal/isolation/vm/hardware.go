@@ -27,6 +27,8 @@ type hardware struct {
 	nics              []nic
 	volatile          bool
 	devices           []hostDevice
+	volumes           volumes
+	share             bool // directories of the host's by virtiofs
 }
 
 // args is QEMU's command line, from the board to its devices.
@@ -57,7 +59,7 @@ func (h *hardware) args() []string {
 	a = append(a, h.qemu.processor(h.windows)...)
 	add("-smp", "cpus=%d,maxcpus=%d,sockets=%d,cores=1,threads=1", h.cpus, h.maxCPUs, h.maxCPUs)
 	add("-m", "size=%dM,maxmem=%dM,slots=8", h.memory>>20, h.maxMemory>>20)
-	a = append(a, "-object", memoryBackend(h.memoryKind, false, h.memory))
+	a = append(a, "-object", memoryBackend(h.memoryKind, h.share, h.memory))
 	if h.windows {
 		a = append(a, "-rtc", "base=localtime,driftfix=slew")
 	} else {
@@ -94,6 +96,10 @@ func (h *hardware) args() []string {
 		add("-netdev", "tap,id=net-%s,ifname=%s,script=no,downscript=no", n.tap, n.tap)
 		device("%s,id=nic-%s,netdev=net-%s,mac=%s,romfile=,bus=port%d", h.nicModel(), n.tap, n.tap, n.MAC, i)
 	}
+	if h.share {
+		add("-chardev", "socket,id=share,path=%s", filepath.Join(h.dir, shareSocket))
+		device("vhost-user-fs-pci,chardev=share,tag=%s,queue-size=1024,bus=port%d", shareTag, sharePort)
+	}
 	device("virtio-balloon-pci,id=balloon,free-page-reporting=on,addr=6")
 	a = append(a, "-object", "rng-random,id=rng,filename=/dev/urandom")
 	device("virtio-rng-pci,rng=rng,addr=7")
@@ -106,6 +112,15 @@ func (h *hardware) args() []string {
 		device("tpm-crb,tpmdev=tpm0")
 	}
 	return a
+}
+
+// checkDisks checks that emulated disks and CDs have a port each.
+func (h *hardware) checkDisks() error {
+	const ports = 6 // of the board's AHCI
+	if n := 2 + len(h.disks.more) + len(h.disks.cds) + len(h.volumes); h.emulated && n > ports {
+		return invalid("a machine with %s=emulated can have %d disks and CDs, its own and the seed's among them, not %d", optionDevices, ports, n)
+	}
+	return nil
 }
 
 func (h *hardware) nicModel() string { return nicModel(h.emulated) }
@@ -155,6 +170,17 @@ func (h *hardware) addDisks(add func(option, format string, args ...any)) {
 		node := fmt.Sprintf("more%d", i)
 		readOnly(b, node)
 		disk(node, strings.TrimSuffix(filepath.Base(b.path), filepath.Ext(b.path)), 2+i)
+	}
+	if h.emulated {
+		for i, b := range h.volumes.backends() {
+			add("-blockdev", "%s", asJSON(b))
+			disk(h.volumes.node(i), volumeSerial(i), 20+i)
+		}
+	} else {
+		for i, b := range h.volumes.backends() {
+			add("-blockdev", "%s", asJSON(b))
+			add("-device", "%s", asJSON(h.volumes.device(i)))
+		}
 	}
 	for i, b := range h.disks.cds {
 		node := fmt.Sprintf("cd%d", i)

@@ -2,9 +2,11 @@ package vm
 
 import (
 	"cmp"
+	"slices"
 	"strings"
 
 	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/mount"
 	"golang.org/x/crypto/ssh"
 )
 
@@ -116,8 +118,8 @@ func (d *Driver) CompleteBoot(cfg *container.Config, host *container.HostConfig)
 		return invalid("%s, and takes no environment: %s (annotation %s) is what it is told", own, "cloud-init's user-data", optionUserData)
 	case cfg.User != "", cfg.WorkingDir != "":
 		return invalid("%s, and takes no user or working directory", own)
-	case len(host.Mounts)+len(host.Binds)+len(host.Tmpfs)+len(cfg.Volumes) > 0:
-		return invalid("%s, and mounts nothing of the host's: volumes and binds are for containers' images", own)
+	case len(host.Tmpfs) > 0, slices.ContainsFunc(host.Mounts, func(m mount.Mount) bool { return m.Type == mount.TypeTmpfs }):
+		return invalid("%s, which mounts what is in memory itself", own)
 	case host.ReadonlyRootfs:
 		return invalid("%s, which can't be read-only", own)
 	case len(host.CapAdd)+len(host.CapDrop)+len(host.Ulimits)+len(host.Sysctls)+len(host.GroupAdd) > 0:

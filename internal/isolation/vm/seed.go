@@ -21,7 +21,7 @@ import (
 // ask by DHCP, see neighbour.go.
 
 // seedFiles are the files of a seed.
-func seedFiles(s *isolation.Spec, o *osOptions, network *guest.Network, servers []string, search []string) (map[string][]byte, error) {
+func seedFiles(s *isolation.Spec, o *osOptions, network *guest.Network, servers []string, search []string, mounts []guest.Mount) (map[string][]byte, error) {
 	meta := map[string]any{"instance-id": s.ID, "local-hostname": s.Hostname}
 	if s.Domainname != "" {
 		meta["local-hostname"] = s.Hostname + "." + s.Domainname
@@ -51,9 +51,15 @@ func seedFiles(s *isolation.Spec, o *osOptions, network *guest.Network, servers 
 	if err != nil {
 		return nil, err
 	}
+	vendorData = append([]byte("#cloud-config\n"), vendorData...)
+	if len(mounts) > 0 {
+		// Apart, since a list in a cloud-config is replaced by the user's.
+		if vendorData, err = withScript(vendorData, mountScript(mounts)); err != nil {
+			return nil, err
+		}
+	}
 	return map[string][]byte{
-		"meta-data": metaData, "network-config": networkConfig,
-		"vendor-data": append([]byte("#cloud-config\n"), vendorData...),
+		"meta-data": metaData, "network-config": networkConfig, "vendor-data": vendorData,
 		"user-data":   []byte(cmp.Or(o.userData, "#cloud-config\n{}\n")),
 	}, nil
 }

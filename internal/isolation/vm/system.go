@@ -70,10 +70,6 @@ func (d *Driver) createSystem(ctx context.Context, s *isolation.Spec) (_ *system
 	if s.Restore != "" {
 		return nil, invalid("the state of a machine with an operating system of its own can't be saved or resumed yet")
 	}
-	log, err := process.KeeperLog(&s.Log)
-	if err != nil {
-		return nil, err
-	}
 	h := hardware{qemu: q, board: fmt.Sprintf("pc-q35-%d.%d", q.major, q.minor), name: s.Name, dir: d.runDir(s.ID), volatile: s.Disk.Volatile}
 	if h.osOptions, err = parseOptions(s.Host.Annotations, s.Config.Labels); err != nil {
 		return nil, err
@@ -109,7 +105,8 @@ func (d *Driver) createSystem(ctx context.Context, s *isolation.Spec) (_ *system
 			return nil, err
 		}
 	}
-	if err := d.makeRunDir(s.ID, user, h.disks.upper); err != nil {
+	g, err := d.prepare(s, h.disks.upper)
+	if err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -117,27 +114,35 @@ func (d *Driver) createSystem(ctx context.Context, s *isolation.Spec) (_ *system
 			err = errors.Join(err, os.RemoveAll(d.runDir(s.ID)))
 		}
 	}()
-	io, err := parseIOLimits(s.Host.Annotations)
-	if err != nil {
-		return nil, err
-	}
-	nics, network, err := wire(s.NetNS, user, io.NetBandwidth)
-	if err != nil {
-		return nil, err
-	}
-	if h.nics = nics; len(nics) > nicPorts {
-		return nil, invalid("a virtual machine can be on %d networks, not on %d", nicPorts, len(nics))
-	}
+	h.nics = g.nics
 	servers, search, err := d.resolvers(s)
 	if err != nil {
 		return nil, err
 	}
-	seed, err := seedFiles(s, &h.osOptions, network, servers, search)
+	var sh shares
+	mounts, err := osMounts(s.Mounts, &sh, &h.volumes)
+	if err != nil {
+		return nil, err
+	}
+	seed, err := seedFiles(s, &h.osOptions, g.network, servers, search, mounts)
 	if err != nil {
 		return nil, err
 	}
 	if err := writeSeed(h.dir, seed); err != nil {
 		return nil, fmt.Errorf("write what cloud-init reads: %w", err)
+	}
+	if err := errors.Join(h.checkDisks(), h.volumes.own(user)); err != nil {
+		return nil, err
+	}
+	if h.share = len(sh.mounts) > 0; h.share {
+		if err := d.serveShares(ctx, s, &sh, user); err != nil {
+			return nil, err
+		}
+		defer func() {
+			if err != nil {
+				err = errors.Join(err, d.endHelper(context.WithoutCancel(ctx), s.ID, shareSuffix))
+			}
+		}()
 	}
 	if h.tpm {
 		if err := d.serveTPM(ctx, s, user); err != nil {
@@ -155,20 +160,20 @@ func (d *Driver) createSystem(ctx context.Context, s *isolation.Spec) (_ *system
 	}
 	k := &known{
 		NetNS: s.NetNS, User: user, CPUs: h.cpus, Max: h.maxCPUs, Memory: h.memory, Base: h.memory, MaxMemory: h.maxMemory, NICs: map[string]int{},
-		Board: h.board, BaseCPUs: h.cpus, Disk: h.disks.upper, IO: io,
+		Board: h.board, BaseCPUs: h.cpus, Disk: h.disks.upper, IO: g.io, Share: h.share, Volumes: len(h.volumes),
 		OS: &knownOS{Emulated: h.emulated, Hostname: s.Hostname, Servers: servers, Search: search},
 	}
-	for i, n := range nics {
+	for i, n := range g.nics {
 		k.NICs[n.tap] = i
 	}
 	if err := d.remember(s.ID, k); err != nil {
 		return nil, err
 	}
-	if err := d.greet(s.ID, k, nics, leases(s.Hostname, nics, network, servers, search)); err != nil {
+	if err := d.greet(s.ID, k, g.nics, leases(s.Hostname, g.nics, g.network, servers, search)); err != nil {
 		return nil, err
 	}
 	err = d.keeper.Create(ctx, s.ID, &keeper.Create{
-		Spec: spec, IO: keeper.IO{OpenStdin: s.Process.OpenStdin, StdinOnce: s.Process.StdinOnce}, Log: log, Owner: owner, SystemdCgroup: s.SystemdCgroup,
+		Spec: spec, IO: keeper.IO{OpenStdin: s.Process.OpenStdin, StdinOnce: s.Process.StdinOnce}, Log: g.log, Owner: owner, SystemdCgroup: s.SystemdCgroup,
 	})
 	if err != nil {
 		d.unneighbour(s.ID)
@@ -217,6 +222,7 @@ func (d *Driver) confineSystem(h *hardware, s *isolation.Spec, user int) (*specs
 			c.files = append(c.files, hostFile{path: b.path})
 		}
 	}
+	c.files = append(c.files, h.volumes.files()...)
 	if h.vars != "" {
 		c.files = append(c.files, hostFile{path: h.vars, writable: true})
 	}
