@@ -166,6 +166,7 @@ func expectations(results []*result, densities []density) []expectation {
 			}
 		}
 	}
+	out = append(out, machineExpectations(results)...)
 	const limit = 1.0
 	for _, d := range densities {
 		if d.Engine != subject || d.Err != "" {
@@ -180,6 +181,31 @@ func expectations(results []*result, densities []density) []expectation {
 			Found:   fmt.Sprintf("%.2f MB of the whole engine, %.3f MB of growth", d.Share, d.Growth),
 			Reached: d.Share <= limit,
 		})
+	}
+	return out
+}
+
+// machineExpectations compare virtual machines with QEMU started by hand.
+func machineExpectations(results []*result) []expectation {
+	var out []expectation
+	atMost := func(res *result, client string, limit float64, promise string) {
+		for _, s := range res.Series {
+			for _, peer := range res.peers() {
+				if s.Engine == subject && s.Client == client && s.Median > 0 && peer.Engine == "qemu" {
+					ratio := s.Median / peer.Median
+					out = append(out, expectation{Promise: promise, Found: fmt.Sprintf("%.2f", ratio), Reached: ratio <= limit})
+				}
+			}
+		}
+	}
+	for _, res := range results {
+		switch {
+		case res.Name == "vm":
+			atMost(res, "boots", 1.15, "a virtual machine boots in at most 1.15 of QEMU's time")
+			atMost(res, "template", 0.25, "a virtual machine starts from a template in at most 0.25 of QEMU's time")
+		case strings.HasPrefix(res.Name, "vm-disk-"), strings.HasPrefix(res.Name, "vm-net-"):
+			atMost(res, "run", 1/0.95, res.Title+": in at most 1.05 of QEMU's time")
+		}
 	}
 	return out
 }

@@ -79,29 +79,32 @@ func (s *sandbox) command(ctx context.Context, argv ...string) *exec.Cmd {
 	return cmd
 }
 
-// listen opens a TCP listener on the sandbox's loopback; it is served from outside.
-func (s *sandbox) listen(addr string) (net.Listener, error) {
+// listen opens a TCP listener in the sandbox; it is served from outside.
+func (s *sandbox) listen(addr string) (l net.Listener, err error) {
+	err = s.inside(func() error {
+		l, err = net.Listen("tcp", addr)
+		return err
+	})
+	return l, err
+}
+
+// inside calls f in the sandbox's network namespace.
+func (s *sandbox) inside(f func() error) error {
 	target, err := netns.GetFromPid(s.init.Process.Pid)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer target.Close()
-	type result struct {
-		l   net.Listener
-		err error
-	}
-	done := make(chan result, 1)
+	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine, still in the other namespace
 		if err := netns.Set(target); err != nil {
-			done <- result{nil, err}
+			done <- err
 			return
 		}
-		l, err := net.Listen("tcp", addr)
-		done <- result{l, err}
+		done <- f()
 	}()
-	r := <-done
-	return r.l, r.err
+	return <-done
 }
 
 // processes returns the PIDs in the sandbox's own PID namespace, without its first process: the engine and its

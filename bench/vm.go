@@ -77,6 +77,9 @@ func (s *suite) machines(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := s.machineThroughput(ctx, e, bare); err != nil {
+		fmt.Fprintf(s.progress, "  vm: throughput: %v\n", err)
+	}
 	return s.machineExecs(ctx, e)
 }
 
@@ -207,7 +210,7 @@ func newBare(ctx context.Context, e *engine, s *suite) (*bare, error) {
 	}
 	b := &bare{empty: empties[0], disk: filepath.Join(filepath.Dir(e.logPath), "bare.qcow2")}
 	initrd := filepath.Join(filepath.Dir(e.logPath), "bare.initrd")
-	if err := bareInitramfs(initrd); err != nil {
+	if err := bareInitramfs(initrd, bareInit); err != nil {
 		return nil, err
 	}
 	for i := 0; i < len(args); i++ {
@@ -257,7 +260,7 @@ func commandLineOf(id string) ([]string, error) {
 }
 
 // bareInitramfs has a shell instead of dolium-guest, and the same modules.
-func bareInitramfs(to string) error {
+func bareInitramfs(to, start string) error {
 	busybox, err := staticBusybox()
 	if err != nil {
 		return err
@@ -271,7 +274,7 @@ func bareInitramfs(to string) error {
 	a.Node("dev/console", 5, 1)
 	a.Dir("bin")
 	a.File("bin/busybox", 0o755, busybox)
-	a.File("start", 0o755, []byte(bareInit))
+	a.File("start", 0o755, []byte(start))
 	a.Dir("modules")
 	var order []string
 	for _, name := range guest.Modules() {
@@ -286,14 +289,19 @@ func bareInitramfs(to string) error {
 	return os.WriteFile(to, a.Bytes(), 0o644)
 }
 
+// freshDisk makes the writable disk anew.
+func (b *bare) freshDisk() error {
+	empty, err := os.ReadFile(b.empty)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(b.disk, empty, 0o600)
+}
+
 // once starts QEMU and takes the time to the line; the machine ends by itself.
 func (b *bare) once(ctx context.Context, _ int) (measurement, error) {
 	var m measurement
-	empty, err := os.ReadFile(b.empty)
-	if err == nil {
-		err = os.WriteFile(b.disk, empty, 0o600)
-	}
-	if err != nil {
+	if err := b.freshDisk(); err != nil {
 		return m, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
