@@ -34,15 +34,34 @@ func Copy(from, to string) error {
 		return err
 	}
 	defer src.Close()
-	info, err := src.Stat()
-	if err != nil {
-		return err
-	}
 	dst, err := os.OpenFile(to, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
+	return fill(src, dst)
+}
+
+// Fill copies a file into one that is there, is as long, and has nothing in it yet. It may be in use already.
+func Fill(from, to string) error {
+	src, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	dst, err := os.OpenFile(to, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return fill(src, dst)
+}
+
+// fill copies what isn't holes, and closes the copy.
+func fill(src, dst *os.File) error {
 	defer dst.Close()
+	info, err := src.Stat()
+	if err != nil {
+		return err
+	}
 	if err := dst.Truncate(info.Size()); err != nil {
 		return err
 	}

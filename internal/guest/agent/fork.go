@@ -34,6 +34,18 @@ func (a *agent) park() error {
 	return nil
 }
 
+// rehearsal is what a parked stage is told to rehearse; what it is to become never begins so.
+const rehearsal = 'r'
+
+// rehearse has a parked stage rehearse, and waits until it has.
+func (s *staged) rehearse() error {
+	if _, err := s.socket.Write([]byte{rehearsal}); err != nil {
+		return err
+	}
+	_, err := s.socket.Read(make([]byte, 1))
+	return err
+}
+
 // fork starts the program's second stage in the workload's control group.
 func fork(how *syscall.SysProcAttr, files [3]*os.File, namespaces []*os.File) (*staged, error) {
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)

@@ -68,7 +68,7 @@ func (a *agent) makeMachine(m *guest.Machine) error {
 	if err := beUnique(m); err != nil {
 		return err
 	}
-	if err := mountRoot(m); err != nil {
+	if err := mountRoot(m, a.ahead.disks); err != nil {
 		return err
 	}
 	if err := a.setNetwork(&m.Network); err != nil {
@@ -83,7 +83,7 @@ func (a *agent) makeMachine(m *guest.Machine) error {
 		}
 	}
 	for i := range m.Mounts {
-		if err := mountOne(&m.Mounts[i]); err != nil {
+		if err := mountOne(&m.Mounts[i], a.ahead.disks); err != nil {
 			return fmt.Errorf("mount %s: %w", m.Mounts[i].Target, err)
 		}
 	}
@@ -178,32 +178,14 @@ func reseed(seed []byte) error {
 	return nil
 }
 
-// disk finds the device of a disk by its serial number; a disk that was just plugged in takes a moment.
-func disk(serial string) (string, error) {
-	for deadline := time.Now().Add(15 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		found, err := filepath.Glob("/sys/block/*/serial")
-		if err != nil {
-			return "", err
-		}
-		for _, f := range found {
-			if s, err := os.ReadFile(f); err == nil && strings.TrimSpace(string(s)) == serial {
-				return "/dev/" + filepath.Base(filepath.Dir(f)), nil
-			}
-		}
-		if time.Now().After(deadline) {
-			return "", fmt.Errorf("disk %q is missing", serial)
-		}
-	}
-}
-
 // mountRoot mounts the image's disk with the writable one over it.
-func mountRoot(m *guest.Machine) error {
+func mountRoot(m *guest.Machine, known disks) error {
 	for _, dir := range []string{guest.LowerDir, guest.UpperDir, guest.RootDir} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err
 		}
 	}
-	upper, err := disk(m.Upper)
+	upper, err := known.find(m.Upper)
 	if err != nil {
 		return err
 	}
@@ -221,7 +203,7 @@ func mountRoot(m *guest.Machine) error {
 	}
 	lower := guest.LowerDir
 	if m.Lower != "" {
-		dev, err := disk(m.Lower)
+		dev, err := known.find(m.Lower)
 		if err != nil {
 			return err
 		}
@@ -375,7 +357,7 @@ func putFile(f *guest.File) error {
 	return os.WriteFile(found[0], f.Content, os.FileMode(f.Mode))
 }
 
-func mountOne(m *guest.Mount) error {
+func mountOne(m *guest.Mount, known disks) error {
 	if m.Type == "tmpfs" && strings.HasPrefix(filepath.Clean(m.Target)+"/", "/dev/") {
 		return nil // when there is a /dev
 	}
@@ -389,7 +371,7 @@ func mountOne(m *guest.Mount) error {
 	case "share":
 		return mountShared(m, at)
 	case "disk":
-		return mountVolume(m, at)
+		return mountVolume(m, at, known)
 	}
 	return fmt.Errorf("unknown type %q: %w", m.Type, errdefs.ErrInvalidArgument)
 }
@@ -398,8 +380,8 @@ func mountOne(m *guest.Mount) error {
 const volumesDir = "/volumes"
 
 // mountVolume mounts a block volume, or a part of it. Its file system is mounted once, and read-only if its disk is.
-func mountVolume(m *guest.Mount, at string) error {
-	dev, err := disk(m.Source)
+func mountVolume(m *guest.Mount, at string, known disks) error {
+	dev, err := known.find(m.Source)
 	if err != nil {
 		return err
 	}
@@ -524,28 +506,6 @@ func setSysctls(sysctls map[string]string) error {
 		}
 	}
 	return nil
-}
-
-// quiet makes the machine forget what it read of its disks, so that they may be others after a start from a template.
-func quiet() error {
-	unix.Sync()
-	blocks, err := filepath.Glob("/sys/block/*/serial")
-	if err != nil {
-		return err
-	}
-	for _, b := range blocks {
-		f, err := os.OpenFile("/dev/"+filepath.Base(filepath.Dir(b)), os.O_RDONLY, 0)
-		if err != nil {
-			return err
-		}
-		const blkFlsBuf = 0x1261
-		_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), blkFlsBuf, 0)
-		f.Close()
-		if errno != 0 {
-			return fmt.Errorf("flush %s: %w", b, errno)
-		}
-	}
-	return os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0)
 }
 
 // onlineCPUs brings CPUs online, or takes them off, until there are n. CPUs that are being plugged in take a moment.

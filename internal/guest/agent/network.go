@@ -17,15 +17,11 @@ import (
 )
 
 // setNetwork makes the machine's interfaces what the host says; it can be called again with others.
-func (a *agent) setNetwork(n *guest.Network) error {
+func (a *agent) setNetwork(n *guest.Network) (err error) {
 	if n == nil {
 		return nil
 	}
-	lo, err := netlink.LinkByName("lo")
-	if err != nil {
-		return err
-	}
-	if err := netlink.LinkSetUp(lo); err != nil {
+	if err := a.loopbackUp(); err != nil {
 		return fmt.Errorf("loopback: %w", err)
 	}
 	if n.DNS {
@@ -34,11 +30,42 @@ func (a *agent) setNetwork(n *guest.Network) error {
 		}
 	}
 	for _, i := range n.Interfaces {
-		if err := setInterface(&i, n); err != nil {
+		l := a.ahead.link
+		a.ahead.link = nil // it is what it was only once
+		if l == nil || !i.Preset {
+			if l, err = device(&i, n); err != nil {
+				return fmt.Errorf("interface %s: %w", i.Name, err)
+			}
+		}
+		if err := setInterface(l, &i, a.ahead.routed); err != nil {
 			return fmt.Errorf("interface %s: %w", i.Name, err)
 		}
 	}
-	return setRoutes(n)
+	before := a.ahead.routed
+	a.ahead.routed = true
+	return setRoutes(n, before)
+}
+
+// loopbackUp sees to the loopback interface, once.
+func (a *agent) loopbackUp() error {
+	if a.ahead.loopback {
+		return nil
+	}
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return err
+	}
+	if err := netlink.LinkSetUp(lo); err != nil {
+		return err
+	}
+	a.ahead.loopback = true
+	return nil
+}
+
+// isDevice says whether a link is a device of the machine's.
+func isDevice(l netlink.Link) bool {
+	_, err := os.Stat(filepath.Join("/sys/class/net", l.Attrs().Name, "device"))
+	return err == nil
 }
 
 // consistent lists something again while the kernel says that it changed meanwhile.
@@ -65,7 +92,7 @@ func device(i *guest.Interface, n *guest.Network) (netlink.Link, error) {
 			if at.HardwareAddr.String() == i.MAC {
 				return l, nil
 			}
-			if _, err := os.Stat(filepath.Join("/sys/class/net", at.Name, "device")); err != nil {
+			if !isDevice(l) {
 				continue
 			}
 			if i.Preset && at.Name == i.Name {
@@ -88,11 +115,8 @@ func device(i *guest.Interface, n *guest.Network) (netlink.Link, error) {
 	}
 }
 
-func setInterface(i *guest.Interface, n *guest.Network) error {
-	l, err := device(i, n)
-	if err != nil {
-		return err
-	}
+// setInterface makes a device an interface; before says that there may be others' addresses on it.
+func setInterface(l netlink.Link, i *guest.Interface, before bool) error {
 	at := l.Attrs()
 	mac, err := net.ParseMAC(i.MAC)
 	if err != nil {
@@ -127,9 +151,11 @@ func setInterface(i *guest.Interface, n *guest.Network) error {
 		// The host's network room has seen that nobody else has the address.
 		_ = os.WriteFile(sysctl+"/accept_dad", []byte("0"), 0)
 	}
-	have, err := consistent(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) })
-	if err != nil {
-		return err
+	var have []netlink.Addr
+	if before {
+		if have, err = consistent(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) }); err != nil {
+			return err
+		}
 	}
 	// Old ones first: of two in a subnet the kernel takes the second away with the first.
 	for _, old := range have {
@@ -156,7 +182,7 @@ func setInterface(i *guest.Interface, n *guest.Network) error {
 }
 
 // setRoutes makes routes with a gateway, and the default ones, those of n.
-func setRoutes(n *guest.Network) error {
+func setRoutes(n *guest.Network, before bool) error {
 	want := map[string]bool{}
 	for _, r := range n.Routes {
 		l, err := netlink.LinkByName(r.Interface)
@@ -181,6 +207,9 @@ func setRoutes(n *guest.Network) error {
 		if err := netlink.RouteReplace(&route); err != nil {
 			return fmt.Errorf("route to %s: %w", to, err)
 		}
+	}
+	if !before {
+		return nil
 	}
 	have, err := consistent(func() ([]netlink.Route, error) { return netlink.RouteList(nil, netlink.FAMILY_ALL) })
 	if err != nil {

@@ -31,6 +31,7 @@ type agent struct {
 	down    bool
 	parked  *staged // what the first process will be
 	dns     *resolver
+	ahead   ahead
 }
 
 // once is the result of what is done one time only, for those who ask again.
@@ -219,7 +220,7 @@ func (a *agent) do(r *guest.RequestBody, res *guest.ResponseBody) error {
 		a.mu.Lock()
 		a.met = false // whoever speaks to a machine of this template has heard nothing of it
 		a.mu.Unlock()
-		return quiet()
+		return a.prepareAhead()
 	case guest.OpDown:
 		a.goDown()
 		return nil

@@ -130,6 +130,15 @@ func runProgram() error {
 func receiveOrders() ([]byte, error) {
 	first, oob := make([]byte, 1), make([]byte, unix.CmsgSpace(3*4))
 	n, oobn, _, _, err := unix.Recvmsg(stageSocket, first, oob, unix.MSG_CMSG_CLOEXEC)
+	if err == nil && n == 1 && first[0] == rehearsal {
+		if err := rehearse(); err != nil {
+			return nil, err
+		}
+		if _, err := unix.Write(stageSocket, first); err != nil {
+			return nil, err
+		}
+		n, oobn, _, _, err = unix.Recvmsg(stageSocket, first, oob, unix.MSG_CMSG_CLOEXEC)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -60,7 +60,7 @@ func seedFiles(s *isolation.Spec, o *osOptions, network *guest.Network, servers 
 	}
 	return map[string][]byte{
 		"meta-data": metaData, "network-config": networkConfig, "vendor-data": vendorData,
-		"user-data":   []byte(cmp.Or(o.userData, "#cloud-config\n{}\n")),
+		"user-data": []byte(cmp.Or(o.userData, "#cloud-config\n{}\n")),
 	}, nil
 }
 

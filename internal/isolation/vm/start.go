@@ -3,7 +3,6 @@ package vm
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -14,8 +13,9 @@ import (
 
 // starting is how a machine comes to run: from a template's state, or by booting, after which the template is made.
 type starting struct {
-	state  string // a template's
-	memory string // file to be removed when QEMU has it
+	state  string     // a template's
+	memory string     // file to be removed when QEMU has it
+	copied chan error // of the memory, which QEMU needs only when it has started
 	nics   []nic
 	share  bool
 	// volumes are plugged in.
@@ -40,11 +40,16 @@ func (d *Driver) memoryOf(m *machine, s *isolation.Spec, key string, as purpose)
 		return starting{then: func() { d.prepareTemplate(key, s) }}, nil
 	default:
 		m.memoryFile, m.incoming = d.memoryPath(s.ID), true
-		if err := sparse.Copy(filepath.Join(dir, memoryFile), m.memoryFile); err != nil {
-			return starting{}, errors.Join(fmt.Errorf("copy a template's memory: %w", err), os.RemoveAll(m.memoryFile))
+		err := emptyFile(m.memoryFile, m.memory)
+		if err == nil {
+			err = errors.Join(os.Chmod(m.memoryFile, 0o600), os.Chown(m.memoryFile, userOf(s.ID), userOf(s.ID)))
 		}
-		err := os.Chown(m.memoryFile, userOf(s.ID), userOf(s.ID))
-		return starting{state: filepath.Join(dir, stateFile), memory: m.memoryFile, nics: m.nics, share: m.share, volumes: m.volumes}, err
+		if err != nil {
+			return starting{}, errors.Join(err, os.RemoveAll(m.memoryFile))
+		}
+		copied := make(chan error, 1)
+		go func() { copied <- sparse.Fill(filepath.Join(dir, memoryFile), m.memoryFile) }()
+		return starting{state: filepath.Join(dir, stateFile), memory: m.memoryFile, copied: copied, nics: m.nics, share: m.share, volumes: m.volumes}, nil
 	}
 }
 

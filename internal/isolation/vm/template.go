@@ -50,7 +50,7 @@ const (
 // templateKey names everything that a machine's state depends on.
 func (m *machine) templateKey(diskSize int64) string {
 	h := sha256.New()
-	fmt.Fprintln(h, 3, m.boot.name, m.qemu.path, m.qemu.major, m.qemu.minor, m.qemu.accel.Name, m.cpus, m.maxCPUs, m.memory, m.maxMemory, diskSize, hotPorts, len(m.nics) > 0)
+	fmt.Fprintln(h, 4, m.boot.name, m.qemu.path, m.qemu.major, m.qemu.minor, m.qemu.accel.Name, m.cpus, m.maxCPUs, m.memory, m.maxMemory, diskSize, hotPorts, len(m.nics) > 0)
 	if info, err := os.Stat(m.qemu.path); err == nil {
 		fmt.Fprintln(h, info.Size(), info.ModTime().UnixNano())
 	}
@@ -147,6 +147,9 @@ func (d *Driver) makeTemplate(ctx context.Context, key string, r container.Resou
 	if err := d.keeperStart(ctx, id); err != nil {
 		return err
 	}
+	if err := settled(ctx, memory); err != nil {
+		return err
+	}
 	dir := d.templateDir(key)
 	tmp := dir + ".new"
 	if err := errors.Join(os.RemoveAll(tmp), os.MkdirAll(tmp, 0o700)); err != nil {
@@ -159,6 +162,30 @@ func (d *Driver) makeTemplate(ctx context.Context, key string, r container.Resou
 		return err
 	}
 	return os.Rename(tmp, dir)
+}
+
+// settled waits until a guest has given back the memory that it has no use for, which it does bit by bit, or for long enough.
+func settled(ctx context.Context, memory string) error {
+	const step, calm, enough = 500 * time.Millisecond, 6, 20
+	last, since := int64(0), 0
+	for range enough {
+		var st unix.Stat_t
+		if err := unix.Stat(memory, &st); err != nil {
+			return &os.PathError{Op: "stat", Path: memory, Err: err}
+		}
+		if since++; st.Blocks != last {
+			last, since = st.Blocks, 0
+		}
+		if since == calm {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(step):
+		}
+	}
+	return nil
 }
 
 // strangerNetwork is a network namespace with an interface that leads nowhere: what a template's device is connected to.
@@ -296,6 +323,11 @@ func (d *Driver) resume(ctx context.Context, id string, s *starting) error {
 	return d.monitored(ctx, id, func(m *monitor) error {
 		if err := m.run("migrate-set-capabilities", sharedMemory(!s.checkpoint), nil); err != nil {
 			return err
+		}
+		if s.copied != nil {
+			if err := <-s.copied; err != nil {
+				return fmt.Errorf("copy a template's memory: %w", err)
+			}
 		}
 		if err := m.run("migrate-incoming", map[string]any{"uri": "fd:0"}, nil); err != nil {
 			return err
