@@ -2,6 +2,7 @@
 package sparse
 
 import (
+	"bytes"
 	"errors"
 	"io"
 	"os"
@@ -53,6 +54,51 @@ func Fill(from, to string) error {
 		return err
 	}
 	return fill(src, dst)
+}
+
+// Squeeze copies a file as Copy does, and leaves holes where it has nothing but zeros.
+func Squeeze(from, to string) error {
+	src, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	info, err := src.Stat()
+	if err != nil {
+		return err
+	}
+	dst, err := os.OpenFile(to, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer dst.Close()
+	if err := dst.Truncate(info.Size()); err != nil {
+		return err
+	}
+	const page = 4096
+	var zeros [page]byte
+	buf := make([]byte, 256*page)
+	for at := int64(0); at < info.Size(); {
+		if at, err = unix.Seek(int(src.Fd()), at, unix.SEEK_DATA); errors.Is(err, unix.ENXIO) {
+			break
+		} else if err != nil {
+			return err
+		}
+		at -= at % page
+		n, err := src.ReadAt(buf, at)
+		if err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+		for i := 0; i < n; i += page {
+			if b := buf[i:min(i+page, n)]; !bytes.Equal(b, zeros[:len(b)]) {
+				if _, err := dst.WriteAt(b, at+int64(i)); err != nil {
+					return err
+				}
+			}
+		}
+		at += int64(n)
+	}
+	return dst.Close()
 }
 
 // fill copies what isn't holes, and closes the copy.

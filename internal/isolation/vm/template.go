@@ -158,7 +158,7 @@ func (d *Driver) makeTemplate(ctx context.Context, key string, r container.Resou
 	if err := d.saveState(ctx, id, filepath.Join(tmp, stateFile), false); err != nil {
 		return err
 	}
-	if err := sparse.Copy(memory, filepath.Join(tmp, memoryFile)); err != nil {
+	if err := sparse.Squeeze(memory, filepath.Join(tmp, memoryFile)); err != nil {
 		return err
 	}
 	return os.Rename(tmp, dir)
