@@ -63,7 +63,7 @@ func fork(how *syscall.SysProcAttr, files [3]*os.File, namespaces []*os.File) (*
 	defer cg.Close()
 	how.UseCgroupFD, how.CgroupFD = true, int(cg.Fd())
 	attr := &syscall.ProcAttr{
-		Env:   []string{"PATH=/", "GOMAXPROCS=1"},
+		Env:   []string{"PATH=/", "GOMAXPROCS=1", "GOGC=off", "GODEBUG=asyncpreemptoff=1"}, // it lives for an instant
 		Files: []uintptr{files[0].Fd(), files[1].Fd(), files[2].Fd(), theirs.Fd()},
 		Sys:   how,
 	}

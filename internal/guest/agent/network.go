@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -29,6 +30,7 @@ func (a *agent) setNetwork(n *guest.Network) (err error) {
 			return fmt.Errorf("DNS: %w", err)
 		}
 	}
+	index := map[string]int{}
 	for _, i := range n.Interfaces {
 		l := a.ahead.link
 		a.ahead.link = nil // it is what it was only once
@@ -37,13 +39,14 @@ func (a *agent) setNetwork(n *guest.Network) (err error) {
 				return fmt.Errorf("interface %s: %w", i.Name, err)
 			}
 		}
+		index[i.Name] = l.Attrs().Index
 		if err := setInterface(l, &i, a.ahead.routed); err != nil {
 			return fmt.Errorf("interface %s: %w", i.Name, err)
 		}
 	}
 	before := a.ahead.routed
 	a.ahead.routed = true
-	return setRoutes(n, before)
+	return setRoutes(n.Routes, index, before)
 }
 
 // loopbackUp sees to the loopback interface, once.
@@ -181,15 +184,14 @@ func setInterface(l netlink.Link, i *guest.Interface, before bool) error {
 	return netlink.LinkSetUp(l)
 }
 
-// setRoutes makes routes with a gateway, and the default ones, those of n.
-func setRoutes(n *guest.Network, before bool) error {
+// setRoutes makes routes by interfaces, whose indices are given by name; before says that there may be others.
+func setRoutes(routes []guest.Route, index map[string]int, before bool) error {
 	want := map[string]bool{}
-	for _, r := range n.Routes {
-		l, err := netlink.LinkByName(r.Interface)
-		if err != nil {
-			return fmt.Errorf("route by %s: %w", r.Interface, err)
+	for _, r := range routes {
+		route := netlink.Route{LinkIndex: index[r.Interface], Gw: net.ParseIP(r.Gateway)}
+		if route.LinkIndex == 0 {
+			return fmt.Errorf("route to %s: no interface %q: %w", r.To, r.Interface, errdefs.ErrInvalidArgument)
 		}
-		route := netlink.Route{LinkIndex: l.Attrs().Index, Gw: net.ParseIP(r.Gateway)}
 		to := r.To
 		if to == "" {
 			to = "0.0.0.0/0"
@@ -197,6 +199,7 @@ func setRoutes(n *guest.Network, before bool) error {
 				to = "::/0"
 			}
 		}
+		var err error
 		if _, route.Dst, err = net.ParseCIDR(to); err != nil {
 			return err
 		}

@@ -50,7 +50,7 @@ const (
 // templateKey names everything that a machine's state depends on.
 func (m *machine) templateKey(diskSize int64) string {
 	h := sha256.New()
-	fmt.Fprintln(h, 4, m.boot.name, m.qemu.path, m.qemu.major, m.qemu.minor, m.qemu.accel.Name, m.cpus, m.maxCPUs, m.memory, m.maxMemory, diskSize, hotPorts, len(m.nics) > 0)
+	fmt.Fprintln(h, 5, m.boot.name, m.qemu.path, m.qemu.major, m.qemu.minor, m.qemu.accel.Name, m.cpus, m.maxCPUs, m.memory, m.maxMemory, diskSize, hotPorts, len(m.nics) > 0)
 	if info, err := os.Stat(m.qemu.path); err == nil {
 		fmt.Fprintln(h, info.Size(), info.ModTime().UnixNano())
 	}
