@@ -2,7 +2,9 @@ package engine
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
@@ -16,6 +18,7 @@ import (
 
 	"dolium/internal/fault"
 	"dolium/internal/isolation"
+	"dolium/internal/network"
 )
 
 var checkpointName = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]+$`)
@@ -90,13 +93,47 @@ func (e *Engine) saveRunning(ctx context.Context, c *Container, dir string, disk
 			r.stopping, c.rec.ManuallyStopped = true, true
 			c.mu.Unlock()
 		}
-		err = p.Checkpoint(ctx, dir, disk, exit)
+		if err = p.Checkpoint(ctx, dir, disk, exit); err == nil {
+			err = saveAddresses(dir, r)
+		}
 	}
 	c.life.Unlock()
 	if err != nil || !exit {
 		return err
 	}
 	<-r.ended
+	return nil
+}
+
+// addressesFile has the addresses of a saved container: an operating system of its own goes on with those that it had.
+const addressesFile = "addresses.json"
+
+func saveAddresses(dir string, r *run) error {
+	saved := map[string]network.Addresses{}
+	for _, es := range r.Sandbox.Endpoints {
+		if es != nil {
+			saved[es.NetworkID] = network.Addresses{IPv4: es.IPAddress, IPv6: es.GlobalIPv6Address, MAC: es.MacAddress}
+		}
+	}
+	b, err := json.Marshal(saved)
+	if err != nil {
+		return err
+	}
+	return writeFile(filepath.Join(dir, addressesFile), b)
+}
+
+// wantAddresses asks for the addresses that a container had when it was saved.
+func wantAddresses(dir string, spec *network.Spec) error {
+	b, err := os.ReadFile(filepath.Join(dir, addressesFile))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(b, &spec.Again); err != nil {
+		return fmt.Errorf("%s: %w", filepath.Join(dir, addressesFile), err)
+	}
 	return nil
 }
 
@@ -217,6 +254,9 @@ func (e *Engine) ContainerClone(ctx context.Context, ref, name string) (string, 
 		return "", err
 	}
 	rec, _ := c.snapshot()
+	if rec.Boots {
+		return "", fault.New(errdefs.ErrNotImplemented, "a machine with an operating system of its own can't be cloned while it runs: nobody would give the copy another identity (commit it, or create a snapshot)")
+	}
 	created, err := e.ContainerCreate(ctx, likeness(&rec, name))
 	if err != nil {
 		return "", err

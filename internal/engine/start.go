@@ -119,6 +119,11 @@ func (e *Engine) launch(ctx context.Context, c *Container, rec *record, restore 
 	}
 	r := &run{Boot: e.boot, ended: make(chan struct{})}
 	if r.NetSpec = e.netSpec(rec); r.NetSpec != nil {
+		if rec.Boots && restore != "" {
+			if err := wantAddresses(restore, r.NetSpec); err != nil {
+				return nil, err
+			}
+		}
 		r.NetSpec.Links = links
 		if r.Sandbox, err = e.nets.Start(ctx, r.NetSpec); err != nil {
 			return nil, fault.New(kindOf(err), "failed to set up container networking: %w", err)

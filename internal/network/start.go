@@ -117,12 +117,19 @@ func (ep *endpoint) reserve(u *undo, c *Controller) error {
 	if cfg := ep.asked.IPAMConfig; cfg != nil {
 		want = [2]netip.Addr{cfg.IPv4Address, cfg.IPv6Address}
 	}
+	again, ok := ep.sandbox.spec.Again[ep.net.ID]
+	if ok {
+		want = [2]netip.Addr{again.IPv4, again.IPv6}
+	}
 	noIPv6 := ep.sandbox.spec.Sysctls["net.ipv6.conf.all.disable_ipv6"] == "1"
 	for fam, pool := range []*addrPool{ep.net.pool4, ep.net.pool6} {
 		if pool == nil || fam == fam6 && noIPv6 {
 			continue
 		}
 		a, err := pool.take(want[fam])
+		if err != nil && ok {
+			return fault.New(errdefs.ErrConflict, "it had the address %s on the network %s, which it needs again: %w", want[fam], ep.net.Name, err)
+		}
 		if err != nil {
 			return err
 		}
@@ -138,7 +145,10 @@ func (ep *endpoint) reserve(u *undo, c *Controller) error {
 			ep.V6 = p
 		}
 	}
-	if ep.MAC = net.HardwareAddr(ep.asked.MacAddress); len(ep.MAC) == 0 {
+	if ep.MAC = net.HardwareAddr(ep.asked.MacAddress); len(again.MAC) > 0 {
+		ep.MAC = net.HardwareAddr(again.MAC)
+	}
+	if len(ep.MAC) == 0 {
 		ep.MAC = addrMAC(ep.V4.Addr(), ep.V6.Addr())
 	}
 	return nil

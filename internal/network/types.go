@@ -67,6 +67,9 @@ type Spec struct {
 	// Endpoints are the networks to connect to, by name or ID, as asked; Mode's is added when it isn't among them.
 	Endpoints map[string]*network.EndpointSettings
 
+	// Again are addresses that a container had before and can't do without, by the ID of the network.
+	Again map[string]Addresses `json:",omitempty"`
+
 	Ports      network.PortMap
 	Exposed    []network.Port
 	PublishAll bool
@@ -82,6 +85,12 @@ type Spec struct {
 	// HostsPath and ResolvConfPath are the files to write and to keep current. They are bind-mounted into the container,
 	// so they are always written in place.
 	HostsPath, ResolvConfPath string
+}
+
+// Addresses are those of a container on a network; the zero values are none.
+type Addresses struct {
+	IPv4, IPv6 netip.Addr
+	MAC        network.HardwareAddr
 }
 
 // Sandbox is what Start made.

@@ -436,3 +436,84 @@ func patiently(t *testing.T, what string, patience time.Duration, check func() e
 	}
 	t.Fatalf("%s: not within %s: %v", what, patience, err)
 }
+
+// countCode is a program for a machine that hasn't booted anything: it writes the letters from A on, one a line, two a second.
+var countCode = []byte{
+	0xb3, 'A', // mov bl, 'A'
+	0xba, 0xfd, 0x03, // again: mov dx, the port's status register
+	0xec, 0xa8, 0x20, 0x74, 0xfb, // in al, dx; test al, 20h; jz: wait until it takes something
+	0xba, 0xf8, 0x03, 0x88, 0xd8, 0xee, // mov dx, the data register; mov al, bl; out dx, al
+	0xb0, 0x0a, 0xee, // mov al, a newline; out dx, al
+	0xfe, 0xc3, // inc bl
+	0xb9, 0x09, 0x00, // mov cx, 9
+	0xfb, 0xf4, 0xe2, 0xfc, // tick: sti; hlt; loop tick
+	0xeb, 0xe4, // jmp again
+}
+
+func TestTheStateOfAWholeSystemIsSavedAndResumed(t *testing.T) {
+	h, docker := newHost(t, "--experimental")
+	d := docker.Program(filepath.Join(host.Bin(), "dolium"))
+	raw := filepath.Join(t.TempDir(), "count.raw")
+	image := make([]byte, 1<<20)
+	copy(image, countCode)
+	binary.LittleEndian.PutUint16(image[510:], 0xaa55)
+	if err := os.WriteFile(raw, image, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	d.OK("vm", "import", raw, "count")
+	d.OK("network", "create", "net")
+	d.OK("volume", "create", "-d", "block", "-o", "size=64m", "disk")
+	d.OK("vm", "run", "--name", "sys", "--network", "net", "--tpm", "--cpus", "2", "-v", "disk:/disk", "count")
+	says(t, d, "sys", "C")
+	// It counts on where it was: a machine that booted would begin anew.
+	counts := func(from string) {
+		t.Helper()
+		says(t, d, "sys", from)
+		if logs := d.OK("logs", "sys"); strings.Count(logs, "A") != 1 {
+			t.Errorf("it has booted: %q", logs)
+		}
+	}
+	address := d.Inspect("sys", "{{.NetworkSettings.Networks.net.IPAddress}} {{.NetworkSettings.Networks.net.MacAddress}}")
+	d.Fails(1, "can only be suspended", "checkpoint", "create", "--leave-running", "sys", "one")
+	d.Fails(1, "can't be cloned", "clone", "sys", "copy")
+	d.OK("suspend", "sys")
+	d.Fails(125, "a virtual machine has it", "run", "--rm", "-v", "disk:/disk", "busybox", "true")
+	h.Kill9(t)
+	h.Start(t)
+	at := strings.Count(d.OK("logs", "sys"), "\n")
+	// Somebody takes its address meanwhile.
+	ip, _, _ := strings.Cut(address, " ")
+	d.OK("run", "-d", "--name", "thief", "--network", "net", "busybox", "sleep", "100000")
+	if got := d.Inspect("thief", "{{.NetworkSettings.Networks.net.IPAddress}}"); got != ip {
+		t.Fatalf("the address that is free is %s", got)
+	}
+	d.Fails(1, "had the address "+ip, "resume", "sys")
+	d.OK("rm", "-f", "thief")
+	d.OK("resume", "sys")
+	counts(string(rune('A' + at + 2)))
+	if got := d.Inspect("sys", "{{.NetworkSettings.Networks.net.IPAddress}} {{.NetworkSettings.Networks.net.MacAddress}}"); got != address {
+		t.Errorf("it is %s and was %s", got, address)
+	}
+	h.Kill9(t)
+	h.Start(t)
+	counts(string(rune('A' + at + 4)))
+	d.OK("rm", "-f", "sys")
+
+	// A checkpoint has the disk too, and can be gone back to.
+	d.OK("vm", "run", "--name", "sys", "--firmware", "bios", "count")
+	says(t, d, "sys", "B")
+	d.OK("checkpoint", "create", "--leave-running", "sys", "one")
+	says(t, d, "sys", "F")
+	d.OK("vm", "screenshot", "sys", filepath.Join(t.TempDir(), "screen.png"))
+	d.OK("kill", "sys")
+	d.OK("start", "--checkpoint", "one", "sys")
+	host.Eventually(t, "it goes back and on", func() error {
+		if logs := d.OK("logs", "sys"); strings.Count(logs, "A") != 1 || strings.Count(logs, "E") != 2 {
+			return errors.New(logs)
+		}
+		return nil
+	})
+	d.OK("checkpoint", "rm", "sys", "one")
+	d.OK("rm", "-f", "sys")
+	d.OK("volume", "rm", "disk")
+}

@@ -364,7 +364,7 @@ func TestTheStateOfAVirtualMachineIsSavedResumedAndCloned(t *testing.T) {
 	d.Fails(1, "it takes isolation vm", "checkpoint", "create", "cont", "one")
 	own.Fails(1, "it takes isolation vm", "clone", "cont", "other")
 	d.OK(vm("-d", "--name", "bound", "-v", "/data", "busybox", "sleep", "1000")...)
-	d.Fails(1, "with volumes or binds can't be saved", "checkpoint", "create", "bound", "one")
+	d.Fails(1, "by volumes or binds, can't be saved", "checkpoint", "create", "bound", "one")
 	d.OK("exec", "bound", "true") // and goes on
 	d.OK("rm", "-fv", "cont", "bound")
 }

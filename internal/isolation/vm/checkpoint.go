@@ -38,15 +38,20 @@ type checkpoint struct {
 }
 
 // Checkpoint implements isolation.Checkpointer.
-func (i *instance) Checkpoint(ctx context.Context, dir string, disk, exit bool) (err error) {
-	d := i.d
-	k, err := d.recall(i.id)
+func (i *instance) Checkpoint(ctx context.Context, dir string, disk, exit bool) error {
+	return i.d.checkpoint(ctx, i.id, i.PID(), dir, disk, exit, func() { i.setClock(context.WithoutCancel(ctx)) })
+}
+
+// checkpoint saves a running machine, whose QEMU is a process of the host, and lets it go on or ends it; wake is called after it
+// stood still.
+func (d *Driver) checkpoint(ctx context.Context, id string, pid int, dir string, disk, exit bool, wake func()) (err error) {
+	k, err := d.recall(id)
 	if err != nil {
 		return err
 	}
 	switch {
 	case k.Share:
-		return fault.New(errdefs.ErrFailedPrecondition, "a virtual machine with volumes or binds can't be saved: the state of directories of the host isn't the machine's")
+		return fault.New(errdefs.ErrFailedPrecondition, "a virtual machine with directories of the host, by volumes or binds, can't be saved: their state isn't the machine's (block volumes can be suspended)")
 	case k.Volumes > 0 && (disk || !exit):
 		return fault.New(errdefs.ErrFailedPrecondition, "a virtual machine with block volumes can only be suspended: a checkpoint or a clone would go on with volumes that were written to since")
 	case k.Apart:
@@ -76,18 +81,20 @@ func (i *instance) Checkpoint(ctx context.Context, dir string, disk, exit bool) 
 			return
 		}
 		// It goes on where it was, also when it couldn't be saved.
-		again := d.monitored(context.WithoutCancel(ctx), i.id, func(m *monitor) error { return m.run("cont", nil, nil) })
-		i.setClock(context.WithoutCancel(ctx))
+		again := d.monitored(context.WithoutCancel(ctx), id, func(m *monitor) error { return m.run("cont", nil, nil) })
+		wake()
 		if again != nil {
 			err = errors.Join(err, fmt.Errorf("the machine doesn't go on: %w", again))
 		}
 	}()
-	if err := d.saveState(ctx, i.id, filepath.Join(tmp, stateFile), true); err != nil {
+	if err := d.saveState(ctx, id, filepath.Join(tmp, stateFile), true); err != nil {
 		return err
 	}
 	if disk {
-		if err := sparse.Clone(k.Disk, filepath.Join(tmp, diskFile)); err != nil {
-			return err
+		for name, path := range k.disks() {
+			if err := sparse.Clone(path, filepath.Join(tmp, name)); err != nil {
+				return err
+			}
 		}
 	}
 	b, err := json.Marshal(&c)
@@ -102,28 +109,27 @@ func (i *instance) Checkpoint(ctx context.Context, dir string, disk, exit bool) 
 	}
 	if exit {
 		ended = true
-		if pid := i.PID(); pid > 0 {
+		if pid > 0 {
 			_ = unix.Kill(pid, unix.SIGKILL) // all of it is saved
 		}
 	}
 	return nil
 }
 
+// disks are the files that a machine writes to, by their names in a checkpoint.
+func (k *known) disks() map[string]string {
+	files := map[string]string{diskFile: k.Disk}
+	if k.OS != nil && k.OS.Vars != "" {
+		files[varsName] = k.OS.Vars
+	}
+	return files
+}
+
 // readCheckpoint makes a machine what a checkpoint is of.
 func (d *Driver) readCheckpoint(m *machine, s *isolation.Spec) error {
-	var c checkpoint
-	b, err := os.ReadFile(filepath.Join(s.Restore, checkpointFile))
-	if errors.Is(err, os.ErrNotExist) {
-		return fault.New(errdefs.ErrNotFound, "checkpoint %s does not exist for container %s", filepath.Base(s.Restore), s.Name)
-	}
+	c, err := openCheckpoint(s, m.qemu)
 	if err != nil {
 		return err
-	}
-	if err := json.Unmarshal(b, &c); err != nil {
-		return fmt.Errorf("checkpoint %s: %w", s.Restore, err)
-	}
-	if c.Accelerator != m.qemu.accel.Name {
-		return fault.New(errdefs.ErrFailedPrecondition, "the checkpoint is of a machine that ran under %s, and here it is %s", c.Accelerator, m.qemu.accel.Name)
 	}
 	dir := filepath.Join(d.config.DataRoot, "vm", "boot", c.Boot)
 	m.boot = &booted{kernel: filepath.Join(dir, "kernel"), initrd: filepath.Join(dir, "initrd"), name: c.Boot}
@@ -132,11 +138,35 @@ func (d *Driver) readCheckpoint(m *machine, s *isolation.Spec) error {
 	}
 	m.board, m.cpus, m.maxCPUs, m.memory, m.maxMemory = c.Board, c.CPUs, c.MaxCPUs, c.Memory, c.MaxMemory
 	m.ports, m.incoming, m.complete = c.Ports, true, true
-	if _, err := os.Stat(filepath.Join(s.Restore, diskFile)); errors.Is(err, os.ErrNotExist) {
-		return nil // to go on with the one that there is
+	return putBack(filepath.Join(s.Restore, diskFile), m.upper)
+}
+
+// openCheckpoint reads what a checkpoint is of. Errors: ErrNotFound, ErrFailedPrecondition.
+func openCheckpoint(s *isolation.Spec, q *qemu) (*checkpoint, error) {
+	b, err := os.ReadFile(filepath.Join(s.Restore, checkpointFile))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fault.New(errdefs.ErrNotFound, "checkpoint %s does not exist for container %s", filepath.Base(s.Restore), s.Name)
 	}
-	if err := sparse.Clone(filepath.Join(s.Restore, diskFile), m.upper+".new"); err != nil {
+	if err != nil {
+		return nil, err
+	}
+	c := &checkpoint{}
+	if err := json.Unmarshal(b, c); err != nil {
+		return nil, fmt.Errorf("checkpoint %s: %w", s.Restore, err)
+	}
+	if c.Accelerator != q.accel.Name {
+		return nil, fault.New(errdefs.ErrFailedPrecondition, "the checkpoint is of a machine that ran under %s, and here it is %s", c.Accelerator, q.accel.Name)
+	}
+	return c, nil
+}
+
+// putBack makes a disk what it was when a checkpoint was made; one that the checkpoint hasn't got stays as it is.
+func putBack(saved, disk string) error {
+	if _, err := os.Stat(saved); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err := sparse.Clone(saved, disk+".new"); err != nil {
 		return err
 	}
-	return os.Rename(m.upper+".new", m.upper)
+	return os.Rename(disk+".new", disk)
 }

@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"time"
 )
 
 // Display implements isolation.Displayer.
@@ -70,4 +71,54 @@ func readPPM(b []byte) (image.Image, error) {
 		picture.SetRGBA(i%w, i/w, color.RGBA{pixels[3*i], pixels[3*i+1], pixels[3*i+2], 255})
 	}
 	return picture, nil
+}
+
+// The clipboard is the host's end of a port that spice-vdagent has in the guest. It is plugged into a running machine and out of
+// it again before its state is saved, which QEMU can't do with it.
+const (
+	clipboard     = "clipboard"
+	clipboardPort = "port-clipboard"
+)
+
+// plugClipboard gives a machine the port; without it only the clipboard doesn't work.
+func (d *Driver) plugClipboard(ctx context.Context, id string) {
+	err := d.monitored(ctx, id, func(m *monitor) error {
+		backend := map[string]any{"type": "qemu-vdagent", "data": map[string]any{"clipboard": true}}
+		if err := m.run("chardev-add", map[string]any{"id": clipboard, "backend": backend}, nil); err != nil {
+			return err
+		}
+		return m.run("device_add", map[string]any{
+			"driver": "virtserialport", "id": clipboardPort, "bus": "serial.0", "chardev": clipboard, "name": "com.redhat.spice.0",
+		}, nil)
+	})
+	if err != nil {
+		d.config.Log.Warn("a machine has no clipboard", "machine", id, "error", err)
+	}
+}
+
+// unplugClipboard takes the port away, if it is there.
+func (d *Driver) unplugClipboard(ctx context.Context, id string) error {
+	return d.monitored(ctx, id, func(m *monitor) error {
+		var all []struct {
+			Label string `json:"label"`
+		}
+		if err := m.run("query-chardev", nil, &all); err != nil {
+			return err
+		}
+		for _, c := range all {
+			if c.Label != clipboard {
+				continue
+			}
+			if err := m.run("device_del", map[string]any{"id": clipboardPort}, nil); err != nil {
+				return err
+			}
+			for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+				// The port is gone a moment later.
+				if err := m.run("chardev-remove", map[string]any{"id": clipboard}, nil); err == nil || time.Now().After(deadline) {
+					return err
+				}
+			}
+		}
+		return nil
+	})
 }

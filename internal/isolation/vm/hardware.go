@@ -25,6 +25,8 @@ type hardware struct {
 	disks             *osDisks
 	code, vars        string // firmware; empty for the BIOS
 	nics              []nic
+	ports             []int // of the interfaces
+	incoming          bool  // its state is going to be read
 	volatile          bool
 	devices           []hostDevice
 	volumes           volumes
@@ -68,12 +70,15 @@ func (h *hardware) args() []string {
 
 	// The serial port is the workload's terminal; then the way to QEMU itself, and to an agent in the guest.
 	a = append(a, "-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console")
+	if h.incoming {
+		a = append(a, "-incoming", "defer")
+	}
 	add("-qmp", "unix:%s,server=on,wait=off", filepath.Join(h.dir, monitorSocket))
 	device("virtio-serial-pci,id=serial,addr=2")
 	add("-chardev", "socket,id=agent,path=%s,server=on,wait=off", filepath.Join(h.dir, agentSocket))
 	device("virtserialport,bus=serial.0,chardev=agent,name=org.qemu.guest_agent.0")
 
-	// Screen, pointer, clipboard. The keyboard is the board's, which every system knows.
+	// Screen and pointer; the clipboard is plugged in, see display.go. The keyboard is the board's, which every system knows.
 	if h.emulated || h.windows {
 		device("VGA,id=screen,vgamem_mb=32,addr=1")
 	} else {
@@ -82,8 +87,6 @@ func (h *hardware) args() []string {
 	add("-vnc", "unix:%s", filepath.Join(h.dir, displaySocket))
 	device("qemu-xhci,id=usb,addr=8")
 	device("usb-tablet,bus=usb.0")
-	a = append(a, "-chardev", "qemu-vdagent,id=clipboard,name=vdagent,clipboard=on")
-	device("virtserialport,bus=serial.0,chardev=clipboard,name=com.redhat.spice.0")
 
 	// Where devices can be plugged in and out while the machine runs.
 	for i := range hotPorts {
@@ -94,7 +97,7 @@ func (h *hardware) args() []string {
 
 	for i, n := range h.nics {
 		add("-netdev", "tap,id=net-%s,ifname=%s,script=no,downscript=no", n.tap, n.tap)
-		device("%s,id=nic-%s,netdev=net-%s,mac=%s,romfile=,bus=port%d", h.nicModel(), n.tap, n.tap, n.MAC, i)
+		device("%s,id=nic-%s,netdev=net-%s,mac=%s,romfile=,bus=port%d", h.nicModel(), n.tap, n.tap, n.MAC, h.ports[i])
 	}
 	if h.share {
 		add("-chardev", "socket,id=share,path=%s", filepath.Join(h.dir, shareSocket))

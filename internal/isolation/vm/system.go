@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -13,6 +15,7 @@ import (
 
 	"github.com/moby/moby/api/types/container"
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"dolium/internal/isolation"
 	"dolium/internal/isolation/process"
@@ -24,7 +27,10 @@ import (
 
 // knownOS is what is kept of such a machine for a daemon that didn't start it.
 type knownOS struct {
-	Emulated bool     `json:"emulated,omitempty"`
+	Emulated bool   `json:"emulated,omitempty"`
+	Vars     string `json:"vars,omitempty"` // of the firmware
+	// Resuming says that its state is being read: whoever did that is gone if it still says so.
+	Resuming bool     `json:"resuming,omitempty"`
 	Hostname string   `json:"hostname"`
 	Servers  []string `json:"servers,omitempty"`
 	Search   []string `json:"search,omitempty"`
@@ -43,6 +49,7 @@ type system struct {
 	d  *Driver
 	id string
 
+	restore  string // a checkpoint's directory
 	mu       sync.Mutex
 	pressing bool // the power button
 	gone     chan struct{}
@@ -50,11 +57,12 @@ type system struct {
 }
 
 var (
-	_ isolation.Instance  = (*system)(nil)
-	_ isolation.Pauser    = (*system)(nil)
-	_ isolation.Networker = (*system)(nil)
-	_ isolation.Displayer = (*system)(nil)
-	_ isolation.Limiter   = (*system)(nil)
+	_ isolation.Instance     = (*system)(nil)
+	_ isolation.Pauser       = (*system)(nil)
+	_ isolation.Networker    = (*system)(nil)
+	_ isolation.Displayer    = (*system)(nil)
+	_ isolation.Limiter      = (*system)(nil)
+	_ isolation.Checkpointer = (*system)(nil)
 )
 
 func (d *Driver) system(id string) *system {
@@ -66,9 +74,6 @@ func (d *Driver) createSystem(ctx context.Context, s *isolation.Spec) (_ *system
 	q, err := d.finder.find(ctx)
 	if err != nil {
 		return nil, err
-	}
-	if s.Restore != "" {
-		return nil, invalid("the state of a machine with an operating system of its own can't be saved or resumed yet")
 	}
 	h := hardware{qemu: q, board: fmt.Sprintf("pc-q35-%d.%d", q.major, q.minor), name: s.Name, dir: d.runDir(s.ID), volatile: s.Disk.Volatile}
 	if h.osOptions, err = parseOptions(s.Host.Annotations, s.Config.Labels); err != nil {
@@ -105,6 +110,20 @@ func (d *Driver) createSystem(ctx context.Context, s *isolation.Spec) (_ *system
 			return nil, err
 		}
 	}
+	if s.Restore != "" {
+		c, err := openCheckpoint(s, q)
+		if err != nil {
+			return nil, err
+		}
+		h.board, h.cpus, h.maxCPUs, h.memory, h.maxMemory, h.ports, h.incoming = c.Board, c.CPUs, c.MaxCPUs, c.Memory, c.MaxMemory, c.Ports, true
+		err = putBack(filepath.Join(s.Restore, diskFile), h.disks.upper)
+		if h.vars != "" {
+			err = errors.Join(err, putBack(filepath.Join(s.Restore, varsName), h.vars), os.Chown(h.vars, user, user))
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
 	g, err := d.prepare(s, h.disks.upper)
 	if err != nil {
 		return nil, err
@@ -114,7 +133,12 @@ func (d *Driver) createSystem(ctx context.Context, s *isolation.Spec) (_ *system
 			err = errors.Join(err, os.RemoveAll(d.runDir(s.ID)))
 		}
 	}()
-	h.nics = g.nics
+	if h.nics = g.nics; h.incoming && len(h.ports) != len(h.nics) {
+		return nil, invalid("the checkpoint is of a machine on %d networks, and the container is on %d", len(h.ports), len(h.nics))
+	}
+	for i := len(h.ports); i < len(h.nics); i++ {
+		h.ports = append(h.ports, i)
+	}
 	servers, search, err := d.resolvers(s)
 	if err != nil {
 		return nil, err
@@ -161,10 +185,10 @@ func (d *Driver) createSystem(ctx context.Context, s *isolation.Spec) (_ *system
 	k := &known{
 		NetNS: s.NetNS, User: user, CPUs: h.cpus, Max: h.maxCPUs, Memory: h.memory, Base: h.memory, MaxMemory: h.maxMemory, NICs: map[string]int{},
 		Board: h.board, BaseCPUs: h.cpus, Disk: h.disks.upper, IO: g.io, Share: h.share, Volumes: len(h.volumes),
-		OS: &knownOS{Emulated: h.emulated, Hostname: s.Hostname, Servers: servers, Search: search},
+		OS: &knownOS{Emulated: h.emulated, Vars: h.vars, Resuming: h.incoming, Hostname: s.Hostname, Servers: servers, Search: search},
 	}
 	for i, n := range g.nics {
-		k.NICs[n.tap] = i
+		k.NICs[n.tap] = h.ports[i]
 	}
 	if err := d.remember(s.ID, k); err != nil {
 		return nil, err
@@ -179,7 +203,9 @@ func (d *Driver) createSystem(ctx context.Context, s *isolation.Spec) (_ *system
 		d.unneighbour(s.ID)
 		return nil, err
 	}
-	return d.system(s.ID), nil
+	i := d.system(s.ID)
+	i.restore = s.Restore
+	return i, nil
 }
 
 // askedSize is the size of the writable disk that was asked for, in bytes; 0 when none was.
@@ -301,6 +327,10 @@ func (d *Driver) adoptSystem(id string, pid int, k *known) *system {
 	if pid == 0 {
 		return i
 	}
+	if k.OS.Resuming {
+		_ = unix.Kill(pid, unix.SIGKILL) // it has no whole state and never will
+		return i
+	}
 	nics, network, err := k.wire()
 	if err == nil {
 		err = d.greet(id, k, nics, leases(k.OS.Hostname, nics, network, k.OS.Servers, k.OS.Search))
@@ -335,7 +365,58 @@ func (i *system) Start(ctx context.Context) error {
 	if err := i.Held.Start(ctx); err != nil {
 		return err
 	}
+	if i.restore != "" {
+		if err := i.goOn(ctx); err != nil {
+			return fmt.Errorf("go on from a saved state: %w", err)
+		}
+	}
+	i.d.plugClipboard(ctx, i.id)
 	return i.d.throttled(ctx, i.id)
+}
+
+// goOn has QEMU read a saved state and run from there.
+func (i *system) goOn(ctx context.Context) error {
+	state, err := os.Open(filepath.Join(i.restore, stateFile))
+	if err != nil {
+		return err
+	}
+	defer state.Close()
+	socket := filepath.Join(i.d.runDir(i.id), "state.sock")
+	err = i.d.monitored(ctx, i.id, func(m *monitor) error {
+		if err := m.run("migrate-incoming", map[string]any{"uri": "unix:" + socket}, nil); err != nil {
+			return err
+		}
+		conn, err := net.Dial("unix", socket)
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(conn, state)
+		if err = errors.Join(err, conn.Close()); err != nil {
+			return err
+		}
+		return m.incoming()
+	})
+	if err != nil {
+		return err
+	}
+	k, err := i.d.recall(i.id)
+	if err != nil {
+		return err
+	}
+	k.OS.Resuming = false
+	go i.setClock()
+	return i.d.remember(i.id, k)
+}
+
+// Checkpoint implements isolation.Checkpointer.
+func (i *system) Checkpoint(ctx context.Context, dir string, disk, exit bool) error {
+	if err := i.d.unplugClipboard(ctx, i.id); err != nil {
+		return err
+	}
+	return i.d.checkpoint(ctx, i.id, i.PID(), dir, disk, exit, func() {
+		i.d.plugClipboard(context.WithoutCancel(ctx), i.id)
+		go i.setClock()
+	})
 }
 
 // Limit implements isolation.Limiter.

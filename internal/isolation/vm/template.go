@@ -318,6 +318,28 @@ func (d *Driver) memoryPath(id string) string {
 	return filepath.Join("/dev/shm", fmt.Sprintf("dolium-%08x-%s.%s", crc32.ChecksumIEEE([]byte(d.config.ExecRoot)), shortName(id), memoryFile))
 }
 
+// incoming waits until a state has been read, and has the machine run.
+func (m *monitor) incoming() error {
+	for {
+		var is struct {
+			Status string `json:"status"`
+		}
+		if err := m.run("query-status", nil, &is); err != nil {
+			return err
+		}
+		switch is.Status {
+		case "running":
+			return nil
+		case "paused": // as it was when it was saved
+			return m.run("cont", nil, nil)
+		case "inmigrate":
+			time.Sleep(2 * time.Millisecond)
+		default:
+			return fmt.Errorf("start from a saved state: the machine is %q", is.Status)
+		}
+	}
+}
+
 // resume has QEMU read a state, which is its standard input, and plugs in what a template's lacks.
 func (d *Driver) resume(ctx context.Context, id string, s *starting) error {
 	return d.monitored(ctx, id, func(m *monitor) error {
@@ -332,27 +354,8 @@ func (d *Driver) resume(ctx context.Context, id string, s *starting) error {
 		if err := m.run("migrate-incoming", map[string]any{"uri": "fd:0"}, nil); err != nil {
 			return err
 		}
-		for {
-			var is struct {
-				Status string `json:"status"`
-			}
-			if err := m.run("query-status", nil, &is); err != nil {
-				return err
-			}
-			if is.Status == "running" {
-				break
-			}
-			if is.Status == "paused" {
-				// As it was when it was saved.
-				if err := m.run("cont", nil, nil); err != nil {
-					return err
-				}
-				break
-			}
-			if is.Status != "inmigrate" {
-				return fmt.Errorf("start from a saved state: the machine is %q", is.Status)
-			}
-			time.Sleep(2 * time.Millisecond)
+		if err := m.incoming(); err != nil {
+			return err
 		}
 		if s.checkpoint {
 			return nil
