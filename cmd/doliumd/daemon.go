@@ -102,7 +102,7 @@ func serve(cfg *daemonconf.Config, args []string) error {
 
 	machines, err := vm.New(ctx, vm.Config{
 		ExecRoot: cfg.ExecRoot, DataRoot: cfg.DataRoot, CgroupParent: cfg.CgroupParent, SystemdCgroup: cfg.SystemdCgroup,
-		NoTemplates: cfg.Features[daemonconf.FeatureTemplates] == "false", Log: log,
+		CPUs: cfg.MachineCPUs, Memory: cfg.MachineMemory, NoTemplates: cfg.Features[daemonconf.FeatureTemplates] == "false", Log: log,
 	}, processes.Keeper())
 	if err != nil {
 		return err

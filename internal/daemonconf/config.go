@@ -46,7 +46,10 @@ type Config struct {
 	TLS, TLSVerify, Insecure   bool
 	TLSCACert, TLSCert, TLSKey string
 	// ConsoleAddress is where browsers see the screens of virtual machines, "host:port".
-	ConsoleAddress              string
+	ConsoleAddress string
+	// MachineCPUs and MachineMemory (bytes) are those of virtual machines that don't say.
+	MachineCPUs   int
+	MachineMemory int64
 	HTTPProxy, HTTPSProxy       string
 	NoProxy                     string
 	Labels                      []string
@@ -100,7 +103,7 @@ func New(program string) *Config {
 		MaxConcurrentDownloads: 3, MaxConcurrentUploads: 5, MaxDownloadAttempts: 5,
 		LogDriver: "json-file", LogOpts: map[string]string{}, Runtimes: map[string]system.Runtime{}, CgroupParent: "/dolium",
 		ShmSize: 64 << 20, Ulimits: map[string]*units.Ulimit{}, SeccompProfile: "builtin", MTU: 1500, Builder: defaultBuilder(),
-		ConsoleAddress: "127.0.0.1:0",
+		ConsoleAddress: "127.0.0.1:0", MachineCPUs: 1, MachineMemory: 1 << 30,
 		ICC:            true, IPMasq: true, IPForward: true,
 	}
 	if c.asDockerd() {

@@ -46,6 +46,8 @@ func (c *Config) working() []*option {
 		{flag: "group", short: "G", usage: "Group for the unix socket (\"dolium\" or \"docker\" where they exist)", value: stringOf(&c.Group)},
 
 		{flag: "console-address", usage: "Address on which browsers see the screens of virtual machines; beyond the loopback interface it takes --tlscert", value: stringOf(&c.ConsoleAddress, notEmpty)},
+		{flag: "vm-cpus", usage: "CPUs of a virtual machine that doesn't say", value: intOf(&c.MachineCPUs)},
+		{flag: "vm-memory", usage: "Memory of a virtual machine that doesn't say", value: bytesOf(&c.MachineMemory)},
 
 		{flag: "debug", short: "D", reload: true, usage: "Enable debug mode", value: boolOf(&c.Debug)},
 		{flag: "log-level", short: "l", usage: `Set the logging level ("debug"|"info"|"warn"|"error"|"fatal")`, value: stringOf(&c.LogLevel)},

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	cmount "github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
@@ -152,7 +153,7 @@ func (s *Store) Attach(ctx context.Context, name, containerID string, readOnly b
 	if err := s.unmountData(name); err != nil { // what a killed daemon left
 		return "", err
 	}
-	if dev, err := loopOf(s.image(name)); err != nil {
+	if dev, err := lastingLoop(s.image(name)); err != nil {
 		return "", err
 	} else if dev != "" {
 		return "", fault.New(errdefs.ErrConflict, "volume %s is still mounted: someone on the host uses it by %s", name, dev)
@@ -248,7 +249,7 @@ func (s *Store) mountImage(ctx context.Context, name string, rec record) error {
 		return err
 	}
 	m := cmount.Mount{Type: FileSystem, Source: image, Options: []string{"loop", "nodev", "discard", "errors=remount-ro"}}
-	if dev, err := loopOf(image); err != nil {
+	if dev, err := lastingLoop(image); err != nil {
 		return err
 	} else if dev != "" {
 		// Someone still looks at an earlier mount; it is the same file system to the kernel.
@@ -308,6 +309,17 @@ func loopOf(path string) (string, error) {
 		}
 	}
 	return "", nil
+}
+
+// lastingLoop is loopOf, but waits a little: the kernel lets go of a file system, and of its loop device, some time after it was
+// unmounted and the last process that had it has ended.
+func lastingLoop(path string) (string, error) {
+	const patience, step = 2 * time.Second, 5 * time.Millisecond
+	for deadline := time.Now().Add(patience); ; time.Sleep(step) {
+		if dev, err := loopOf(path); err != nil || dev == "" || time.Now().After(deadline) {
+			return dev, err
+		}
+	}
 }
 
 // allocated is how much of the disk a block volume takes, in bytes.

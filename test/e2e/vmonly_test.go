@@ -1,12 +1,15 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"dolium/test/e2e/host"
 )
@@ -230,4 +233,58 @@ func TestWhatAnImageCostsIsMeasured(t *testing.T) {
 		t.Errorf("left: %s", left)
 	}
 	d.Fails(1, "requires at least 1 arg", "compare")
+}
+
+func TestAMachineWaitsWhileTheDiskIsFull(t *testing.T) {
+	t.Parallel()
+	h := host.New(t, host.Options{Stopped: true})
+	if err := os.MkdirAll(h.DataRoot, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", h.DataRoot, "tmpfs", 0, "size=260m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = unix.Unmount(h.DataRoot, unix.MNT_DETACH)
+		_ = os.RemoveAll(h.DataRoot)
+	})
+	h.Start(t)
+	h.Load(t, host.BusyboxImage())
+	d := h.CLI(t)
+	d.OK("volume", "create", "-d", "block", "-o", "size=1g", "vol")
+	d.OK(vm("-d", "--name", "mach", "-v", "vol:/vol", "busybox", "sh", "-c", "while [ ! -e /go ]; do sleep 1; done; dd if=/dev/urandom of=/vol/big bs=1M count=20 && sync && echo written; sleep 100000")...)
+	filler := filepath.Join(h.DataRoot, "filler")
+	f, err := os.Create(filler)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for block := make([]byte, 64<<10); err == nil; {
+		_, err = f.Write(block)
+	}
+	if !errors.Is(err, unix.ENOSPC) {
+		t.Fatal(err)
+	}
+	d.OK("exec", "mach", "touch", "/go")
+	host.Eventually(t, "the machine stands still", func() error {
+		if log := h.LogTail(50); !strings.Contains(log, "stands still until there is space") {
+			return errors.New(log)
+		}
+		return nil
+	})
+	// Another daemon knows as much.
+	h.Kill9(t)
+	if err := os.Remove(filler); err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	h.Start(t)
+	host.Eventually(t, "it goes on", func() error {
+		if r := d.Run("logs", "mach"); !strings.Contains(r.Stdout, "written") {
+			return errors.New(r.String())
+		}
+		return nil
+	})
+	d.OK("rm", "-f", "mach")
+	d.OK("volume", "rm", "vol")
 }

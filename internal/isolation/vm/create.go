@@ -22,6 +22,7 @@ import (
 
 // Create implements isolation.Driver: everything that a machine needs is made, and QEMU is ready to be started.
 func (d *Driver) Create(ctx context.Context, s *isolation.Spec) (isolation.Instance, error) {
+	d.watchSpace()
 	if s.Disk != nil && len(s.Disk.Machine) > 0 {
 		i, err := d.createSystem(ctx, s)
 		if err != nil {

@@ -59,12 +59,19 @@ type Driver struct {
 	follower
 	templates templates
 	systems   systems
+	space     space
 }
 
 // New makes a driver that starts machines by the keeper. Nothing of what machines need has to be there yet.
 func New(ctx context.Context, c Config, k *keeper.Client) (*Driver, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
+	}
+	switch {
+	case c.CPUs < 0 || c.CPUs > hostCPUs():
+		return nil, invalid("virtual machines can't have %d CPUs each by default: this host has %d", c.CPUs, hostCPUs())
+	case c.Memory != 0 && c.Memory < minMemory:
+		return nil, invalid("virtual machines can't have %d bytes of memory by default: they need %d MB at least", c.Memory, minMemory>>20)
 	}
 	if c.CPUs == 0 {
 		c.CPUs = defaultCPUs
@@ -224,6 +231,7 @@ func (d *Driver) Adopt(ctx context.Context, id string) (isolation.Instance, erro
 	if err != nil {
 		return nil, err
 	}
+	d.watchSpace()
 	k, err := d.recall(id)
 	if err == nil && k.OS != nil {
 		return d.adoptSystem(id, s.PID, k), nil
