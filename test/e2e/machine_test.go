@@ -414,15 +414,26 @@ func TestADebianDiskIsAMachine(t *testing.T) {
 		t.Errorf("in the volume is %q", got)
 	}
 
-	// The same disk boots by UEFI.
+	// The same disk boots by UEFI, and not where everything has to be signed.
 	d.OK("vm", "run", "--name", "efi", "--firmware", "uefi", "debian-machine")
+	d.OK("vm", "run", "--name", "signed", "--firmware", "secure-boot", "debian-machine")
 	patiently(t, "the kernel starts under UEFI", 3*time.Minute, func() error {
 		if logs := d.Run("logs", "efi").Stdout; !bytes.Contains([]byte(logs), []byte("efi: EFI v")) {
 			return fmt.Errorf("%q", logs[max(0, len(logs)-200):])
 		}
 		return nil
 	})
-	d.OK("rm", "-f", "efi")
+	patiently(t, "an unsigned loader is refused", 3*time.Minute, func() error {
+		logs := d.Run("logs", "signed").Stdout
+		if strings.Contains(logs, "EFI v") {
+			t.Fatalf("it boots: %q", logs)
+		}
+		if !strings.Contains(logs, "Access Denied") && !strings.Contains(logs, "Security Violation") {
+			return fmt.Errorf("%q", logs[max(0, len(logs)-200):])
+		}
+		return nil
+	})
+	d.OK("rm", "-f", "efi", "signed")
 }
 
 // patiently is host.Eventually for what takes longer than most.
