@@ -48,8 +48,8 @@ type Config struct {
 	// ConsoleAddress is where browsers see the screens of virtual machines, "host:port".
 	ConsoleAddress string
 	// MachineCPUs and MachineMemory (bytes) are those of virtual machines that don't say.
-	MachineCPUs   int
-	MachineMemory int64
+	MachineCPUs                 int
+	MachineMemory               int64
 	HTTPProxy, HTTPSProxy       string
 	NoProxy                     string
 	Labels                      []string
@@ -104,7 +104,7 @@ func New(program string) *Config {
 		LogDriver: "json-file", LogOpts: map[string]string{}, Runtimes: map[string]system.Runtime{}, CgroupParent: "/dolium",
 		ShmSize: 64 << 20, Ulimits: map[string]*units.Ulimit{}, SeccompProfile: "builtin", MTU: 1500, Builder: defaultBuilder(),
 		ConsoleAddress: "127.0.0.1:0", MachineCPUs: 1, MachineMemory: 1 << 30,
-		ICC:            true, IPMasq: true, IPForward: true,
+		ICC: true, IPMasq: true, IPForward: true,
 	}
 	if c.asDockerd() {
 		c.ConfigFile, c.Pidfile = "/etc/docker/daemon.json", "/var/run/docker.pid"

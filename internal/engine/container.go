@@ -32,11 +32,13 @@ type Container struct {
 	// waiting are ContainerWait calls by condition.
 	waiting []waiter
 	// restart cancels a pending restart by policy; nil when none is pending.
-	restart    func()
-	backoff    time.Duration
-	health     *healthMonitor // nil without a healthcheck or when not running
-	execIDs    map[string]struct{}
-	removed    bool
+	restart func()
+	backoff time.Duration
+	health  *healthMonitor // nil without a healthcheck or when not running
+	execIDs map[string]struct{}
+	removed bool
+	// starting is what is being started; nil but for the time that takes.
+	starting   isolation.Instance
 	lastHealth *container.Health
 }
 

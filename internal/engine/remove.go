@@ -47,6 +47,7 @@ func (e *Engine) ContainerRemove(ctx context.Context, ref string, o RemoveOption
 // endForRemoval sees to it that a container doesn't run: by force, or by refusing when it does.
 func (e *Engine) endForRemoval(ctx context.Context, c *Container, force bool) error {
 	if force {
+		c.abortStart(ctx)
 		r, err := e.markStopping(c)
 		switch {
 		case errors.Is(err, errdefs.ErrNotModified):

@@ -149,7 +149,18 @@ func (e *Engine) launch(ctx context.Context, c *Container, rec *record, restore 
 	if err := c.handStreams(ctx, r.inst); err != nil {
 		return nil, err
 	}
-	if err := r.inst.Start(ctx); err != nil {
+	c.mu.Lock()
+	c.starting = r.inst
+	c.mu.Unlock()
+	err = r.inst.Start(ctx)
+	c.mu.Lock()
+	killed := c.starting == nil
+	c.starting = nil
+	c.mu.Unlock()
+	if err != nil && killed {
+		return nil, wrongState("container %s was killed while it started", rec.Name)
+	}
+	if err != nil {
 		return nil, err
 	}
 	r.PID, r.StartedAt = r.inst.PID(), time.Now().UTC()

@@ -96,6 +96,26 @@ func (e *Engine) markStopping(c *Container) (*run, error) {
 	return c.run, nil
 }
 
+// abortStart ends what is being started, which for a machine takes as long as its guest boots. It says whether there was anything.
+func (c *Container) abortStart(ctx context.Context) bool {
+	c.mu.Lock()
+	inst := c.starting
+	c.starting = nil
+	c.mu.Unlock()
+	if inst == nil {
+		return false
+	}
+	if err := inst.Signal(ctx, syscall.SIGKILL); err != nil {
+		c.mu.Lock()
+		if c.run == nil {
+			c.starting = inst
+		}
+		c.mu.Unlock()
+		return false
+	}
+	return true
+}
+
 // resumeToDie lets a paused container see its signal.
 func (e *Engine) resumeToDie(ctx context.Context, c *Container, r *run) {
 	c.mu.Lock()
@@ -198,7 +218,7 @@ func (e *Engine) ContainerKill(ctx context.Context, ref, name string) error {
 	case r == nil:
 		pending := c.cancelRestart()
 		c.mu.Unlock()
-		if pending {
+		if pending || sig == syscall.SIGKILL && c.abortStart(ctx) {
 			return nil
 		}
 		return fault.New(errdefs.ErrConflict, "cannot kill container: %s: container %s is not running", ref, c.ID())

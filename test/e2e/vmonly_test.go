@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -287,4 +288,30 @@ func TestAMachineWaitsWhileTheDiskIsFull(t *testing.T) {
 	})
 	d.OK("rm", "-f", "mach")
 	d.OK("volume", "rm", "vol")
+}
+
+func TestAMachineIsKilledWhileItBoots(t *testing.T) {
+	h, d := newHost(t)
+	for _, kill := range [][]string{{"kill", "mach"}, {"rm", "-f", "mach"}} {
+		start := d.Go(vm("--name", "mach", "--memory", "700m", "busybox", "echo", "booted")...)
+		var qemu host.Process
+		host.Eventually(t, "QEMU runs", func() error {
+			for _, p := range h.Processes() {
+				if len(p.Args) > 0 && strings.Contains(p.Args[0], "qemu-system") && slices.Contains(p.Args, "mach") {
+					qemu = p
+					return nil
+				}
+			}
+			return errors.New("no QEMU")
+		})
+		// It never comes to answer.
+		if err := unix.Kill(qemu.PID, unix.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		d.OK(kill...)
+		if r := start.Wait(); r.Code != 125 || !strings.Contains(r.Stderr, "was killed while it started") {
+			t.Errorf("%q: %s", kill, r)
+		}
+		d.Run("rm", "-f", "mach")
+	}
 }

@@ -337,6 +337,10 @@ func (m *machines) signal(p *proc, sig unix.Signal) error {
 		return err
 	}
 	main := p.parent == nil
+	if main && sig == unix.SIGKILL && x.starting() {
+		m.builtin.KillAll(p.rec.ID) // nobody in it can be asked yet
+		return nil
+	}
 	r := &guest.RequestBody{Op: guest.OpSignal, Signal: int(sig), Process: &guest.Process{ID: p.rec.Guest}}
 	patience := 10 * time.Second
 	if sig == unix.SIGKILL {
@@ -359,6 +363,23 @@ func (m *machines) signal(p *proc, sig unix.Signal) error {
 		}
 	})
 	return nil
+}
+
+// starting says whether the machine has yet to answer for its first process.
+func (x *machine) starting() bool {
+	select {
+	case <-x.ready:
+		return false
+	default:
+		return true
+	}
+}
+
+// abort ends a machine that is being started; its start returns then.
+func (m *machines) abort(p *proc) {
+	if x, err := m.of(p.rec.ID); err == nil && x.starting() {
+		m.builtin.KillAll(p.rec.ID)
+	}
 }
 
 // resize sets the size of a terminal in the guest.

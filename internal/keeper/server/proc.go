@@ -369,6 +369,9 @@ func (p *proc) resize(rows, cols uint32) error {
 
 // remove ends the process and removes every trace of it. Interrupted, it is completed by the next worker.
 func (p *proc) remove() error {
+	if p.rec.Guest != 0 && p.parent == nil && p.status() == running {
+		p.w.machines.abort(p) // what starts it would wait for the guest
+	}
 	p.op.Lock()
 	defer p.op.Unlock()
 	p.mu.Lock()
