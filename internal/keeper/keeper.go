@@ -120,7 +120,9 @@ type Machine struct {
 	Incoming string `json:"incoming,omitempty"`
 	// Resumed says that the state is of a workload that runs: it goes on, as the machine that SetUp describes.
 	Resumed bool `json:"resumed,omitempty"`
-	// SetUp and Process are what the guest is told when it is there; without SetUp it is to become a template.
+	// SetUp and Process are what the guest is told when it is there. A Quiet one becomes a template: with SetUp, it mounts the
+	// root that is described and does nothing else.
+	Quiet   bool           `json:"quiet,omitempty"`
 	SetUp   *guest.Machine `json:"setUp,omitempty"`
 	Process *guest.Process `json:"process,omitempty"`
 	// Patience is how long the guest may take to boot, in nanoseconds.

@@ -19,6 +19,7 @@ import (
 type ahead struct {
 	disks    disks
 	loopback bool         // is up
+	root     bool         // is mounted
 	routed   bool         // there may be routes and addresses of an earlier network
 	link     netlink.Link // the device that the first interface will be
 }
@@ -47,10 +48,31 @@ func (known disks) find(serial string) (string, error) {
 	}
 }
 
-// prepareAhead makes the machine one that many can start from: it forgets what it read of its disks, which may be others
-// then, and does what is the same for all of them.
-func (a *agent) prepareAhead() error {
+// prepareAhead makes the machine one that many can start from, and does what is the same for all of them. With m it mounts the
+// root: all of them will have these disks. Without, what it read of its disks is forgotten, which may be others then.
+func (a *agent) prepareAhead(m *guest.Machine) error {
+	if a.ahead.disks == nil {
+		if err := a.lookAround(); err != nil {
+			return err
+		}
+	}
+	if m != nil {
+		if err := a.rootAhead(m); err != nil {
+			return err
+		}
+	}
 	unix.Sync()
+	// Free memory in large pieces goes back to the host, and isn't part of what is copied at each start.
+	for name, value := range map[string]string{"drop_caches": "3", "compact_memory": "1"} {
+		if err := os.WriteFile("/proc/sys/vm/"+name, []byte(value), 0); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// lookAround finds out what there is, and gets ready what doesn't depend on what the machine will be.
+func (a *agent) lookAround() error {
 	blocks, err := filepath.Glob("/sys/block/*/serial")
 	if err != nil {
 		return err
@@ -90,15 +112,31 @@ func (a *agent) prepareAhead() error {
 	if err := rehearse(); err != nil {
 		return err
 	}
-	if err := a.parked.rehearse(); err != nil {
+	return a.parked.rehearse()
+}
+
+// usualPlaces are files that the host keeps for every workload.
+var usualPlaces = []string{"/etc/hosts", "/etc/hostname", "/etc/resolv.conf"}
+
+// rootAhead mounts the root, with the places that every machine mounts something on.
+func (a *agent) rootAhead(m *guest.Machine) error {
+	if a.ahead.root {
+		return nil
+	}
+	if err := mountRoot(m, a.ahead.disks); err != nil {
 		return err
 	}
-	// Free memory in large pieces goes back to the host, and isn't part of what is copied at each start.
-	for name, value := range map[string]string{"drop_caches": "3", "compact_memory": "1"} {
-		if err := os.WriteFile("/proc/sys/vm/"+name, []byte(value), 0); err != nil {
+	for _, dir := range []string{"/proc", "/dev", "/sys"} {
+		if _, err := inRoot(dir, false); err != nil {
 			return err
 		}
 	}
+	for _, path := range usualPlaces {
+		if _, err := inRoot(path, true); err != nil {
+			return err
+		}
+	}
+	a.ahead.root = true
 	return nil
 }
 

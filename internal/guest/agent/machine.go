@@ -68,8 +68,10 @@ func (a *agent) makeMachine(m *guest.Machine) error {
 	if err := beUnique(m); err != nil {
 		return err
 	}
-	if err := mountRoot(m, a.ahead.disks); err != nil {
-		return err
+	if !a.ahead.root {
+		if err := mountRoot(m, a.ahead.disks); err != nil {
+			return err
+		}
 	}
 	if err := a.setNetwork(&m.Network); err != nil {
 		return err

@@ -41,9 +41,10 @@ func (d *Driver) Create(ctx context.Context, s *isolation.Spec) (isolation.Insta
 type purpose int
 
 const (
-	asWorkload    purpose = iota
-	asMaintenance         // nothing of the container's runs, its files are worked with
-	asTemplate            // it boots and is told nothing
+	asWorkload      purpose = iota
+	asMaintenance           // nothing of the container's runs, its files are worked with
+	asTemplate              // it boots and is told nothing
+	asImageTemplate         // it starts from a template and mounts an image's root
 )
 
 // create is Create for any purpose.
@@ -71,15 +72,21 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 	if err := d.size(&m.shape, s.Host); err != nil {
 		return nil, err
 	}
-	if m.upper, err = d.upperDisk(ctx, s.Disk, diskSize(s.Host)); err != nil {
+	m.lower, m.volatile = s.Disk.Lower, s.Disk.Volatile
+	m.apart = diskIsApart(s.Host.Annotations) && as == asWorkload
+	t := d.templateFor(&m, s, as)
+	var made bool
+	if m.upper, made, err = d.upperDisk(ctx, s.Disk, diskSize(s.Host), t.image); err != nil {
 		return nil, err
+	}
+	if !made {
+		t.image = "" // its root has a past
 	}
 	if s.Restore != "" {
 		if err := d.readCheckpoint(&m, s); err != nil {
 			return nil, err
 		}
 	}
-	m.lower, m.volatile = s.Disk.Lower, s.Disk.Volatile
 	g, err := d.prepare(s, m.upper)
 	if err != nil {
 		return nil, err
@@ -116,7 +123,7 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 			}
 		}()
 	}
-	if m.apart = diskIsApart(s.Host.Annotations) && as == asWorkload; m.apart {
+	if m.apart {
 		setUp.Upper = apartSerial
 		if err := d.serveDisk(ctx, s, m.upper, m.volatile, user); err != nil {
 			return nil, err
@@ -133,16 +140,18 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 			return nil, err
 		}
 	}
-	key := m.templateKey(diskSize(s.Host))
-	start, err := d.memoryOf(&m, s, key, as)
+	start, err := d.memoryOf(&m, s, &t, as)
 	if err != nil {
 		return nil, err
 	}
 	defer func() {
-		if err != nil && m.memoryFile != "" {
+		if err != nil && m.memoryFile != "" { // also while it is being filled
 			err = errors.Join(err, os.RemoveAll(m.memoryFile))
 		}
 	}()
+	if as == asImageTemplate {
+		setUp.Volatile = false // those that start from it may not be
+	}
 	if as == asTemplate {
 		setUp = nil
 	} else if m.incoming {
@@ -169,7 +178,7 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 		SystemdCgroup: s.SystemdCgroup,
 		Machine: &keeper.Machine{
 			Channel: filepath.Join(m.dir, channelSocket), Stderr: filepath.Join(m.dir, stderrFile), NetNS: s.NetNS,
-			SetUp: setUp, Process: first, Incoming: start.state, Resumed: m.complete,
+			SetUp: setUp, Quiet: as == asTemplate || as == asImageTemplate, Process: first, Incoming: start.state, Resumed: m.complete,
 		},
 	})
 	if err != nil {

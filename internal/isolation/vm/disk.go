@@ -19,21 +19,24 @@ const upperName = "disk.qcow2"
 // defaultDiskSize is how large a writable disk can get, in bytes, unless --storage-opt size says otherwise.
 const defaultDiskSize = 64 << 30
 
-// upperDisk is a machine's writable disk, made the first time: a copy of an empty file system.
-func (d *Driver) upperDisk(ctx context.Context, root *isolation.Disk, size int64) (string, error) {
-	path := filepath.Join(root.Dir, upperName)
+// upperDisk is a machine's writable disk, made the first time: a copy of the one that the template it starts from has, which is a
+// directory, or of an empty file system. It says whether it was made.
+func (d *Driver) upperDisk(ctx context.Context, root *isolation.Disk, size int64, template string) (path string, made bool, err error) {
+	path = filepath.Join(root.Dir, upperName)
 	if _, err := os.Stat(path); err == nil {
-		return path, nil
+		return path, false, nil
 	}
-	empty, err := d.emptyDisk(ctx, size)
-	if err != nil {
-		return "", fmt.Errorf("make an empty disk: %w", err)
+	from := filepath.Join(template, diskFile)
+	if template == "" {
+		if from, err = d.emptyDisk(ctx, size); err != nil {
+			return "", false, fmt.Errorf("make an empty disk: %w", err)
+		}
 	}
 	tmp := path + ".new"
-	if err := sparse.Clone(empty, tmp); err != nil {
-		return "", err
+	if err := sparse.Clone(from, tmp); err != nil {
+		return "", false, err
 	}
-	return path, os.Rename(tmp, path)
+	return path, true, os.Rename(tmp, path)
 }
 
 // emptyDisk is a qcow2 image of an empty ext4 file system, made once for each size.

@@ -21,36 +21,49 @@ type starting struct {
 	// volumes are plugged in.
 	volumes volumes
 	then    func()
+	// keep says that the memory's file is still needed when QEMU has it.
+	keep bool
 	// checkpoint says that the state is all of a machine's, which runs.
 	checkpoint bool
 }
 
 // memoryOf decides whether a machine starts from a template, and makes its memory then.
-func (d *Driver) memoryOf(m *machine, s *isolation.Spec, key string, as purpose) (starting, error) {
-	switch dir := d.template(key); {
+func (d *Driver) memoryOf(m *machine, s *isolation.Spec, t *templateChoice, as purpose) (starting, error) {
+	dir := t.generic
+	if t.image != "" {
+		dir = t.image
+	}
+	switch {
 	case m.complete:
 		return starting{state: filepath.Join(s.Restore, stateFile), checkpoint: true}, nil
 	case as == asTemplate:
 		m.memoryFile = d.memoryPath(s.ID)
 		err := emptyFile(m.memoryFile, m.memory)
 		return starting{}, errors.Join(err, os.Chown(m.memoryFile, userOf(s.ID), userOf(s.ID)))
-	case m.lower == "", m.memoryKind != "", m.apart:
-		return starting{}, nil // templates have that disk, and memory of another kind
-	case dir == "":
-		return starting{then: func() { d.prepareTemplate(key, s) }}, nil
-	default:
-		m.memoryFile, m.incoming = d.memoryPath(s.ID), true
-		err := emptyFile(m.memoryFile, m.memory)
-		if err == nil {
-			err = errors.Join(os.Chmod(m.memoryFile, 0o600), os.Chown(m.memoryFile, userOf(s.ID), userOf(s.ID)))
-		}
-		if err != nil {
-			return starting{}, errors.Join(err, os.RemoveAll(m.memoryFile))
-		}
-		copied := make(chan error, 1)
-		go func() { copied <- sparse.Fill(filepath.Join(dir, memoryFile), m.memoryFile) }()
-		return starting{state: filepath.Join(dir, stateFile), memory: m.memoryFile, copied: copied, nics: m.nics, share: m.share, volumes: m.volumes}, nil
+	case t.key == "":
+		return starting{}, nil
 	}
+	var then func()
+	if as == asWorkload {
+		then = func() { d.prepareTemplates(t, s, m.lower) }
+	}
+	if dir == "" {
+		return starting{then: then}, nil
+	}
+	m.memoryFile, m.incoming = d.memoryPath(s.ID), true
+	err := emptyFile(m.memoryFile, m.memory)
+	if err == nil {
+		err = errors.Join(os.Chmod(m.memoryFile, 0o600), os.Chown(m.memoryFile, userOf(s.ID), userOf(s.ID)))
+	}
+	if err != nil {
+		return starting{}, errors.Join(err, os.RemoveAll(m.memoryFile))
+	}
+	copied := make(chan error, 1)
+	go func() { copied <- sparse.Fill(filepath.Join(dir, memoryFile), m.memoryFile) }()
+	return starting{
+		state: filepath.Join(dir, stateFile), memory: m.memoryFile, copied: copied, nics: m.nics, share: m.share, volumes: m.volumes, then: then,
+		keep: as == asImageTemplate,
+	}, nil
 }
 
 // Start implements isolation.Instance.
@@ -100,7 +113,7 @@ func (i *instance) run(ctx context.Context) error {
 	perr := <-plugged
 	// QEMU has the file open; without a name it goes with QEMU.
 	var rerr error
-	if i.start.memory != "" {
+	if i.start.memory != "" && !i.start.keep {
 		rerr = os.RemoveAll(i.start.memory)
 	}
 	if i.start.checkpoint {
@@ -110,6 +123,9 @@ func (i *instance) run(ctx context.Context) error {
 		// The template may be what is wrong: the next start boots.
 		rerr = errors.Join(rerr, os.RemoveAll(filepath.Dir(i.start.state)))
 		return errors.Join(perr, err, rerr)
+	}
+	if err == nil && i.start.then != nil {
+		i.start.then()
 	}
 	return errors.Join(err, rerr)
 }

@@ -12,11 +12,11 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 
 	"dolium/internal/isolation"
-	"dolium/internal/keeper"
 	"dolium/internal/sparse"
 
 	"github.com/moby/moby/api/types/container"
@@ -27,16 +27,21 @@ import (
 // Machines start from templates. A template is a machine of some shape whose guest has booted and waits to be told what
 // it is: its memory, and the state of its devices, in two files. A start copies the memory, has QEMU read the state, and
 // plugs in what is this machine's alone (interfaces, the share of directories); then the guest is told what it is as after
-// any boot, with the time and fresh entropy, since it shares both with every other machine of the template. The guest
-// knows nothing of its disks but their length, which is the same for all images, so a template is for every image.
+// any boot, with the time and fresh entropy, since it shares both with every other machine of the template.
 //
-// The first start of a shape boots, and makes the template behind its back.
+// The guest of a generic template knows nothing of its disks but their length, which is the same for all images, so it is for every
+// image. That of an image's template has mounted the image's disk and a writable one, which is a third file: it is for new
+// containers of that image.
+//
+// The first start of a shape boots, and makes the generic template behind its back; the second of an image makes the image's, which
+// starts from the generic one.
 
 // templates is what a driver knows of them.
 type templates struct {
 	mu     sync.Mutex
 	making map[string]bool
-	one    sync.Mutex // they are made one at a time
+	starts map[string]int // of images, by the names of their templates
+	one    sync.Mutex     // they are made one at a time
 	wg     sync.WaitGroup
 	ctx    context.Context
 	cancel context.CancelFunc
@@ -48,13 +53,44 @@ const (
 )
 
 // templateKey names everything that a machine's state depends on.
-func (m *machine) templateKey(diskSize int64) string {
+func (m *machine) templateKey(diskSize int64, networked bool) string {
 	h := sha256.New()
-	fmt.Fprintln(h, 5, m.boot.name, m.qemu.path, m.qemu.major, m.qemu.minor, m.qemu.accel.Name, m.cpus, m.maxCPUs, m.memory, m.maxMemory, diskSize, hotPorts, len(m.nics) > 0)
+	fmt.Fprintln(h, 6, m.boot.name, m.qemu.path, m.qemu.major, m.qemu.minor, m.qemu.accel.Name, m.cpus, m.maxCPUs, m.memory, m.maxMemory, diskSize, hotPorts, networked)
 	if info, err := os.Stat(m.qemu.path); err == nil {
 		fmt.Fprintln(h, info.Size(), info.ModTime().UnixNano())
 	}
 	return hex.EncodeToString(h.Sum(nil))[:16]
+}
+
+// templateChoice is which templates a machine can start from.
+type templateChoice struct {
+	// key and imageKey are the names of the generic one and the image's; without key the machine boots.
+	key, imageKey string
+	// generic and image are their directories, empty when there is none.
+	generic, image string
+}
+
+// templateFor chooses a machine's templates.
+func (d *Driver) templateFor(m *machine, s *isolation.Spec, as purpose) (t templateChoice) {
+	if as == asTemplate || s.Restore != "" || d.config.NoTemplates || m.lower == "" || m.memoryKind != "" || m.apart {
+		return t // templates have that disk, and memory of another kind
+	}
+	t.key = m.templateKey(diskSize(s.Host), s.NetNS != "")
+	t.generic = d.template(t.key)
+	info, err := os.Stat(m.lower)
+	if err != nil {
+		return t
+	}
+	sum := sha256.Sum256(fmt.Appendln(nil, m.lower, info.ModTime().UnixNano()))
+	t.imageKey = t.key + "-" + hex.EncodeToString(sum[:8])
+	if t.image = ""; as != asImageTemplate {
+		t.image = d.template(t.imageKey)
+	}
+	if t.image != "" {
+		now := time.Now()
+		_ = os.Chtimes(t.image, now, now) // the longest unused goes first
+	}
+	return t
 }
 
 func (d *Driver) templateDir(key string) string {
@@ -63,9 +99,6 @@ func (d *Driver) templateDir(key string) string {
 
 // template returns the directory of a machine's template, empty when there is none.
 func (d *Driver) template(key string) string {
-	if d.config.NoTemplates {
-		return ""
-	}
 	dir := d.templateDir(key)
 	if _, err := os.Stat(filepath.Join(dir, stateFile)); err != nil {
 		return ""
@@ -73,12 +106,24 @@ func (d *Driver) template(key string) string {
 	return dir
 }
 
-// prepareTemplate makes a template behind the back of whoever starts the first machine of its shape.
-func (d *Driver) prepareTemplate(key string, s *isolation.Spec) {
-	networked := s.NetNS != ""
-	if d.config.NoTemplates {
-		return
+// prepareTemplates makes the templates that a machine that has just started lacks, behind the back of whoever started it: the
+// generic one, and from the second start of an image on the image's.
+func (d *Driver) prepareTemplates(c *templateChoice, s *isolation.Spec, lower string) {
+	t := &d.templates
+	t.mu.Lock()
+	t.starts[c.imageKey]++
+	again := t.starts[c.imageKey] > 1
+	t.mu.Unlock()
+	switch {
+	case c.generic == "":
+		d.prepareTemplate(c.key, s, "")
+	case again && c.imageKey != "" && d.template(c.imageKey) == "":
+		d.prepareTemplate(c.imageKey, s, lower)
 	}
+}
+
+// prepareTemplate makes a template in the background: with lower, that of an image with this disk.
+func (d *Driver) prepareTemplate(key string, s *isolation.Spec, lower string) {
 	t := &d.templates
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -86,6 +131,7 @@ func (d *Driver) prepareTemplate(key string, s *isolation.Spec) {
 		return
 	}
 	t.making[key] = true
+	networked := s.NetNS != ""
 	resources := s.Host.Resources
 	storage := s.Host.StorageOpt
 	t.wg.Go(func() {
@@ -100,11 +146,14 @@ func (d *Driver) prepareTemplate(key string, s *isolation.Spec) {
 			return // made while a machine booted that was to be the first
 		}
 		start := time.Now()
-		err := d.makeTemplate(t.ctx, key, resources, storage, networked)
+		err := d.makeTemplate(t.ctx, key, resources, storage, networked, lower)
 		if err != nil && t.ctx.Err() == nil {
 			d.config.Log.Warn("template of machines not made, they boot", "error", err)
 		} else if err == nil {
-			d.config.Log.Debug("template of machines made", "took", time.Since(start))
+			d.config.Log.Debug("template of machines made", "took", time.Since(start), "image", lower)
+		}
+		if lower != "" {
+			d.forgetTemplates()
 		}
 	})
 }
@@ -112,16 +161,19 @@ func (d *Driver) prepareTemplate(key string, s *isolation.Spec) {
 // templatePrefix begins the IDs of machines that become templates.
 const templatePrefix = "template-"
 
-// makeTemplate boots a machine and saves it.
-func (d *Driver) makeTemplate(ctx context.Context, key string, r container.Resources, storage map[string]string, networked bool) (err error) {
+// makeTemplate has a machine boot, or start from the generic template and mount an image's disk, and saves it.
+func (d *Driver) makeTemplate(ctx context.Context, key string, r container.Resources, storage map[string]string, networked bool, lower string) (err error) {
 	id := templatePrefix + key
 	work := filepath.Join(d.runDir(id), "disks")
 	if err := os.MkdirAll(work, 0o711); err != nil {
 		return err
 	}
-	lower := filepath.Join(work, "lower")
-	if err := emptyFile(lower, lowerSize); err != nil {
-		return err
+	as, image := asImageTemplate, lower
+	if lower == "" {
+		as, lower = asTemplate, filepath.Join(work, "lower")
+		if err := emptyFile(lower, lowerSize); err != nil {
+			return err
+		}
 	}
 	host := &container.HostConfig{Resources: container.Resources{NanoCPUs: r.NanoCPUs, CPUQuota: r.CPUQuota, CPUPeriod: r.CPUPeriod, Memory: r.Memory}, StorageOpt: storage}
 	s := &isolation.Spec{
@@ -136,7 +188,7 @@ func (d *Driver) makeTemplate(ctx context.Context, key string, r container.Resou
 		defer ns.Close()
 		s.NetNS = fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), ns.Fd())
 	}
-	inst, err := d.create(ctx, s, asTemplate)
+	inst, err := d.create(ctx, s, as)
 	if err != nil {
 		return errors.Join(err, os.RemoveAll(d.runDir(id)))
 	}
@@ -144,7 +196,7 @@ func (d *Driver) makeTemplate(ctx context.Context, key string, r container.Resou
 	defer func() {
 		err = errors.Join(err, inst.Delete(context.WithoutCancel(ctx)), os.RemoveAll(memory))
 	}()
-	if err := d.keeperStart(ctx, id); err != nil {
+	if err := inst.run(ctx); err != nil {
 		return err
 	}
 	if err := settled(ctx, memory); err != nil {
@@ -161,7 +213,62 @@ func (d *Driver) makeTemplate(ctx context.Context, key string, r container.Resou
 	if err := sparse.Squeeze(memory, filepath.Join(tmp, memoryFile)); err != nil {
 		return err
 	}
+	if image != "" {
+		err := errors.Join(
+			sparse.Clone(filepath.Join(work, upperName), filepath.Join(tmp, diskFile)),
+			os.WriteFile(filepath.Join(tmp, imageFile), []byte(image), 0o600))
+		if err != nil {
+			return err
+		}
+	}
 	return os.Rename(tmp, dir)
+}
+
+// imageFile has the path of the image's disk that a template is of.
+const imageFile = "image"
+
+// maxImageTemplates is how many templates of images are kept; each takes about 100 MB.
+const maxImageTemplates = 8
+
+// forgetTemplates removes the templates of images that are gone, and of those that weren't used for the longest time.
+func (d *Driver) forgetTemplates() {
+	dirs, err := filepath.Glob(filepath.Join(d.templateDir("*"), imageFile))
+	if err != nil {
+		return
+	}
+	type kept struct {
+		dir  string
+		used time.Time
+	}
+	var left []kept
+	for _, f := range dirs {
+		dir := filepath.Dir(f)
+		image, err := os.ReadFile(f)
+		if err != nil {
+			continue
+		}
+		info, err := os.Stat(dir)
+		if err != nil {
+			continue
+		}
+		if _, err := os.Stat(string(image)); err == nil {
+			left = append(left, kept{dir, info.ModTime()})
+			continue
+		}
+		if err := os.RemoveAll(dir); err != nil {
+			d.config.Log.Warn("template of a removed image is left", "error", err)
+		}
+	}
+	slices.SortFunc(left, func(a, b kept) int { return b.used.Compare(a.used) })
+	for i, k := range left {
+		// One that was just chosen is about to be read.
+		if i < maxImageTemplates || time.Since(k.used) < time.Minute {
+			continue
+		}
+		if err := os.RemoveAll(k.dir); err != nil {
+			d.config.Log.Warn("template of an image is left", "error", err)
+		}
+	}
 }
 
 // settled waits until a guest has given back the memory that it has no use for, which it does bit by bit, or for long enough.
@@ -227,12 +334,6 @@ func emptyFile(path string, size int64) error {
 		return err
 	}
 	return errors.Join(f.Truncate(size), f.Close())
-}
-
-// keeperStart starts a machine that isn't an instance of the engine's.
-func (d *Driver) keeperStart(ctx context.Context, id string) error {
-	_, err := d.keeper.Start(ctx, keeper.Key{ID: id}, 0, 0)
-	return err
 }
 
 // sharedMemory says whether QEMU leaves memory that is a file out of a machine's state.

@@ -83,11 +83,12 @@ func New(ctx context.Context, c Config, k *keeper.Client) (*Driver, error) {
 		c.GuestPath = beside("dolium-guest")
 	}
 	d := &Driver{config: c, keeper: k}
-	d.templates.making = map[string]bool{}
+	d.templates.making, d.templates.starts = map[string]bool{}, map[string]int{}
 	d.templates.ctx, d.templates.cancel = context.WithCancel(context.Background())
 	if err := d.sweep(ctx); err != nil {
 		return nil, err
 	}
+	d.forgetTemplates()
 	return d, d.startFollowing()
 }
 

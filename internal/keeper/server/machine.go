@@ -168,8 +168,8 @@ func (x *machine) begin() error {
 		}
 		return nil
 	}
-	if x.m.SetUp == nil {
-		_, err := x.ask(&guest.RequestBody{Op: guest.OpQuiet}, patience)
+	if x.m.Quiet || x.m.SetUp == nil {
+		_, err := x.ask(&guest.RequestBody{Op: guest.OpQuiet, Machine: x.m.SetUp}, patience)
 		return err
 	}
 	if _, err := x.ask(&guest.RequestBody{Op: guest.OpSetUp, Machine: x.m.SetUp}, patience); err != nil {
