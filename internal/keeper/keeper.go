@@ -121,7 +121,7 @@ type Machine struct {
 	// Resumed says that the state is of a workload that runs: it goes on, as the machine that SetUp describes.
 	Resumed bool `json:"resumed,omitempty"`
 	// SetUp and Process are what the guest is told when it is there. A Quiet one becomes a template: with SetUp, it mounts the
-	// root that is described and does nothing else.
+	// root that is described, and Process is only looked at.
 	Quiet   bool           `json:"quiet,omitempty"`
 	SetUp   *guest.Machine `json:"setUp,omitempty"`
 	Process *guest.Process `json:"process,omitempty"`

@@ -3,11 +3,13 @@ package agent
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
 	"time"
 
+	"github.com/moby/sys/symlink"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -49,8 +51,9 @@ func (known disks) find(serial string) (string, error) {
 }
 
 // prepareAhead makes the machine one that many can start from, and does what is the same for all of them. With m it mounts the
-// root: all of them will have these disks. Without, what it read of its disks is forgotten, which may be others then.
-func (a *agent) prepareAhead(m *guest.Machine) error {
+// root: all of them will have these disks, and p is what one of them ran. Without, what it read of its disks is forgotten, which may
+// be others then.
+func (a *agent) prepareAhead(m *guest.Machine, p *guest.Process) error {
 	if a.ahead.disks == nil {
 		if err := a.lookAround(); err != nil {
 			return err
@@ -60,6 +63,9 @@ func (a *agent) prepareAhead(m *guest.Machine) error {
 		if err := a.rootAhead(m); err != nil {
 			return err
 		}
+		unix.Sync()
+		readAhead(p)
+		return nil
 	}
 	unix.Sync()
 	// Free memory in large pieces goes back to the host, and isn't part of what is copied at each start.
@@ -139,6 +145,40 @@ func (a *agent) rootAhead(m *guest.Machine) error {
 	a.ahead.root = true
 	return nil
 }
+
+// readAhead has the files in memory that a start reads: the program, and who the users are.
+func readAhead(p *guest.Process) {
+	paths := []string{"/etc/passwd", "/etc/group"}
+	if p != nil && len(p.Args) > 0 {
+		if name := p.Args[0]; strings.Contains(name, "/") {
+			paths = append(paths, name)
+		} else {
+			for _, e := range p.Env {
+				if dirs, ok := strings.CutPrefix(e, "PATH="); ok {
+					for _, dir := range filepath.SplitList(dirs) {
+						paths = append(paths, filepath.Join("/", dir, name))
+					}
+				}
+			}
+		}
+	}
+	for _, path := range paths {
+		at, err := symlink.FollowSymlinkInScope(filepath.Join(guest.RootDir, path), guest.RootDir)
+		if err != nil {
+			continue
+		}
+		if info, err := os.Lstat(at); err != nil || !info.Mode().IsRegular() || info.Size() > largestAhead {
+			continue
+		}
+		if f, err := os.Open(at); err == nil {
+			_, _ = io.Copy(io.Discard, f) // only to be quick later
+			f.Close()
+		}
+	}
+}
+
+// largestAhead is the largest file that is kept in a template's memory, in bytes.
+const largestAhead = 32 << 20
 
 // rehearse puts everything through the codec once that a start will: what that needs to know of the types it keeps.
 func rehearse() error {

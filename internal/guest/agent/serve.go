@@ -220,7 +220,7 @@ func (a *agent) do(r *guest.RequestBody, res *guest.ResponseBody) error {
 		a.mu.Lock()
 		a.met = false // whoever speaks to a machine of this template has heard nothing of it
 		a.mu.Unlock()
-		return a.prepareAhead(r.Machine)
+		return a.prepareAhead(r.Machine, r.Process)
 	case guest.OpDown:
 		a.goDown()
 		return nil

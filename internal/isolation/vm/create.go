@@ -151,6 +151,7 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 	}()
 	if as == asImageTemplate {
 		setUp.Volatile = false // those that start from it may not be
+		first = &guest.Process{Args: s.Process.Args, Env: s.Process.Env}
 	}
 	if as == asTemplate {
 		setUp = nil

@@ -55,7 +55,7 @@ const (
 // templateKey names everything that a machine's state depends on.
 func (m *machine) templateKey(diskSize int64, networked bool) string {
 	h := sha256.New()
-	fmt.Fprintln(h, 6, m.boot.name, m.qemu.path, m.qemu.major, m.qemu.minor, m.qemu.accel.Name, m.cpus, m.maxCPUs, m.memory, m.maxMemory, diskSize, hotPorts, networked)
+	fmt.Fprintln(h, 7, m.boot.name, m.qemu.path, m.qemu.major, m.qemu.minor, m.qemu.accel.Name, m.cpus, m.maxCPUs, m.memory, m.maxMemory, diskSize, hotPorts, networked)
 	if info, err := os.Stat(m.qemu.path); err == nil {
 		fmt.Fprintln(h, info.Size(), info.ModTime().UnixNano())
 	}
@@ -122,6 +122,12 @@ func (d *Driver) prepareTemplates(c *templateChoice, s *isolation.Spec, lower st
 	}
 }
 
+// A template isn't urgent: what has just started has the CPUs first.
+const (
+	templatePause  = time.Second
+	templateShares = 64 // of the CPUs; others have 1024
+)
+
 // prepareTemplate makes a template in the background: with lower, that of an image with this disk.
 func (d *Driver) prepareTemplate(key string, s *isolation.Spec, lower string) {
 	t := &d.templates
@@ -132,6 +138,7 @@ func (d *Driver) prepareTemplate(key string, s *isolation.Spec, lower string) {
 	}
 	t.making[key] = true
 	networked := s.NetNS != ""
+	process := isolation.ProcessSpec{Args: s.Process.Args, Env: s.Process.Env}
 	resources := s.Host.Resources
 	storage := s.Host.StorageOpt
 	t.wg.Go(func() {
@@ -142,11 +149,16 @@ func (d *Driver) prepareTemplate(key string, s *isolation.Spec, lower string) {
 			delete(t.making, key)
 			t.mu.Unlock()
 		}()
+		select {
+		case <-t.ctx.Done():
+			return
+		case <-time.After(templatePause):
+		}
 		if d.template(key) != "" {
 			return // made while a machine booted that was to be the first
 		}
 		start := time.Now()
-		err := d.makeTemplate(t.ctx, key, resources, storage, networked, lower)
+		err := d.makeTemplate(t.ctx, key, resources, storage, networked, lower, process)
 		if err != nil && t.ctx.Err() == nil {
 			d.config.Log.Warn("template of machines not made, they boot", "error", err)
 		} else if err == nil {
@@ -162,7 +174,7 @@ func (d *Driver) prepareTemplate(key string, s *isolation.Spec, lower string) {
 const templatePrefix = "template-"
 
 // makeTemplate has a machine boot, or start from the generic template and mount an image's disk, and saves it.
-func (d *Driver) makeTemplate(ctx context.Context, key string, r container.Resources, storage map[string]string, networked bool, lower string) (err error) {
+func (d *Driver) makeTemplate(ctx context.Context, key string, r container.Resources, storage map[string]string, networked bool, lower string, p isolation.ProcessSpec) (err error) {
 	id := templatePrefix + key
 	work := filepath.Join(d.runDir(id), "disks")
 	if err := os.MkdirAll(work, 0o711); err != nil {
@@ -175,10 +187,13 @@ func (d *Driver) makeTemplate(ctx context.Context, key string, r container.Resou
 			return err
 		}
 	}
-	host := &container.HostConfig{Resources: container.Resources{NanoCPUs: r.NanoCPUs, CPUQuota: r.CPUQuota, CPUPeriod: r.CPUPeriod, Memory: r.Memory}, StorageOpt: storage}
+	host := &container.HostConfig{Resources: container.Resources{NanoCPUs: r.NanoCPUs, CPUQuota: r.CPUQuota, CPUPeriod: r.CPUPeriod, Memory: r.Memory, CPUShares: templateShares}, StorageOpt: storage}
 	s := &isolation.Spec{
 		ID: id, Name: id, Config: &container.Config{}, Host: host, Disk: &isolation.Disk{Lower: lower, Dir: work, Volatile: true},
 		CgroupParent: d.config.CgroupParent, SystemdCgroup: d.config.SystemdCgroup, Log: isolation.LogSpec{Driver: "none"},
+	}
+	if image != "" {
+		s.Process = p
 	}
 	if networked {
 		ns, err := strangerNetwork()

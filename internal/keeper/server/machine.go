@@ -169,7 +169,7 @@ func (x *machine) begin() error {
 		return nil
 	}
 	if x.m.Quiet || x.m.SetUp == nil {
-		_, err := x.ask(&guest.RequestBody{Op: guest.OpQuiet, Machine: x.m.SetUp}, patience)
+		_, err := x.ask(&guest.RequestBody{Op: guest.OpQuiet, Machine: x.m.SetUp, Process: x.m.Process}, patience)
 		return err
 	}
 	if _, err := x.ask(&guest.RequestBody{Op: guest.OpSetUp, Machine: x.m.SetUp}, patience); err != nil {
