@@ -315,3 +315,63 @@ func TestAMachineIsKilledWhileItBoots(t *testing.T) {
 		d.Run("rm", "-f", "mach")
 	}
 }
+
+func TestMachinesOfATemplateAreEachTheirOwn(t *testing.T) {
+	h, d := newHost(t)
+	templates := func() (images int) {
+		found, err := filepath.Glob(filepath.Join(h.DataRoot, "vm/templates/*/image"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(found)
+	}
+	run := func(name string) {
+		t.Helper()
+		d.OK(vm("-d", "--name", name, "busybox", "sh", "-c", "echo $(hostname) >>/began; sleep 100000")...)
+	}
+	for i := 0; templates() == 0; i++ {
+		if i == 5 {
+			t.Fatal("no template of the image")
+		}
+		d.OK(vm("--rm", "busybox", "true")...)
+		for range 20 {
+			if time.Sleep(500 * time.Millisecond); templates() > 0 {
+				break
+			}
+		}
+	}
+	run("one")
+	run("two")
+	own := func(name string) string {
+		t.Helper()
+		return d.OK("exec", name, "sh", "-c", "cat /proc/sys/kernel/random/boot_id; head -c 16 /dev/urandom | md5sum; hostname; ip -o addr show eth0; cat /began; ls /new 2>/dev/null; true")
+	}
+	d.OK("exec", "one", "sh", "-c", "echo one >/new; rm /etc/passwd; sync")
+	one, two := strings.Split(own("one"), "\n"), strings.Split(own("two"), "\n")
+	if len(one) < 6 || len(two) < 5 {
+		t.Fatalf("%q %q", one, two)
+	}
+	for i := range 5 {
+		if one[i] == two[i] {
+			t.Errorf("both have %q", one[i])
+		}
+	}
+	if strings.Contains(strings.Join(two, " "), "/new") || d.OK("exec", "two", "cat", "/etc/passwd") == "" {
+		t.Errorf("the second has what the first did: %q", two)
+	}
+	// What a container has written is there after a restart, and in what is committed.
+	d.OK("restart", "-t", "0", "one")
+	if got := d.OK("exec", "one", "sh", "-c", "cat /began /new; [ -e /etc/passwd ] || echo none"); got != one[4]+"\n"+one[4]+"\none\nnone" {
+		t.Errorf("after a restart: %q", got)
+	}
+	if got := d.OK("diff", "two"); got != "A /began" {
+		t.Errorf("changes of the second: %q", got)
+	}
+	// Templates of images that are gone go too.
+	d.OK("rm", "-f", "one", "two")
+	d.OK("rmi", "busybox")
+	h.Restart(t)
+	if n := templates(); n != 0 {
+		t.Errorf("%d templates of images are left", n)
+	}
+}
