@@ -141,6 +141,23 @@ func (s *suite) machineExecs(ctx context.Context, e *engine) error {
 		return err
 	}
 	fmt.Fprintf(s.progress, "  vm: %.2f MB PSS of ours per machine beyond QEMU\n", (after-before)/machines)
+	err = s.timed(ctx, "vm-start-exec", "API: create and start a virtual machine, until an exec of true is done", 4, 2, true, []contender{{subject, "template", func(ctx context.Context, _ int) (m measurement, err error) {
+		begin := time.Now()
+		id, err := e.create(ctx, spec{cmd: idleCommand, isolation: "vm"})
+		if err != nil {
+			return m, err
+		}
+		defer func() { err = errors.Join(err, e.remove(context.WithoutCancel(ctx), id)) }()
+		if _, err := e.api.ContainerStart(ctx, id, client.ContainerStartOptions{}); err != nil {
+			return m, err
+		}
+		_, err = e.execTrue(ctx, id)
+		m.total = time.Since(begin)
+		return m, err
+	}}})
+	if err != nil {
+		return err
+	}
 	return s.timed(ctx, "vm-exec", "API: exec true in a virtual machine", 20, 7, true, []contender{{subject, "API", func(ctx context.Context, _ int) (measurement, error) {
 		took, err := e.execTrue(ctx, ids[0])
 		return measurement{total: took}, err

@@ -83,8 +83,7 @@ func TestABlockVolumeIsForContainersAndVirtualMachines(t *testing.T) {
 	own.OK("suspend", "m2")
 	d.Fails(125, "a virtual machine has it", "run", "--rm", "-v", "db:/data", "busybox", "true")
 	d.Fails(1, "is suspended", "cp", "m2:/data/file", t.TempDir())
-	h.Kill9(t)
-	h.Start(t)
+	reboot(t, h)
 	d.Fails(125, "a virtual machine has it", "run", "--rm", "-v", "db:/data", "busybox", "true")
 	own.OK("resume", "m2")
 	if got := d.OK("exec", "m2", "sh", "-c", "echo resumed >/data/resumed; cat /data/file; sync"); got != "container\nmachine" {

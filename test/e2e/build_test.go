@@ -10,8 +10,6 @@ import (
 	"syscall"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"dolium/test/e2e/host"
 )
 
@@ -427,22 +425,8 @@ func TestBuildsAtOnceShareTheirSteps(t *testing.T) {
 }
 
 func TestADiskFullInABuildIsSaidAndSurvived(t *testing.T) {
-	t.Parallel()
-	h := host.New(t, host.Options{Stopped: true})
-	if err := os.MkdirAll(h.DataRoot, 0o711); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mount("tmpfs", h.DataRoot, "tmpfs", 0, "size=48m"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = unix.Unmount(h.DataRoot, unix.MNT_DETACH)
-		_ = os.RemoveAll(h.DataRoot)
-	})
-	h.Start(t)
-	h.Load(t, host.BusyboxImage())
+	h, d := newSmallHost(t, "48m")
 	usePlugins(t, h)
-	d := h.CLI(t)
 	ctx := contextDir(t, map[string]string{"Dockerfile": "FROM busybox\nRUN dd if=/dev/zero of=/big bs=1M count=100\n", "small": "FROM busybox\nRUN echo small > /f\nCMD cat /f\n"})
 	d.Fails(1, "No space left on device", "build", "--progress", "plain", ctx)
 	// What the step wrote goes in the background.

@@ -19,6 +19,7 @@ import (
 	backend "github.com/diskfs/go-diskfs/backend/file"
 	"github.com/diskfs/go-diskfs/filesystem/iso9660"
 	"golang.org/x/crypto/ssh"
+	"golang.org/x/sys/unix"
 
 	"dolium/test/e2e/host"
 )
@@ -461,6 +462,29 @@ var countCode = []byte{
 	0xeb, 0xe4, // jmp again
 }
 
+// reboot takes away what doesn't outlive a host while nothing runs on it: its processes, and what is on file systems in memory.
+func reboot(t *testing.T, h *host.Host) {
+	t.Helper()
+	guard, worker := h.Keeper()
+	h.Stop(t)
+	host.Eventually(t, "the keeper is gone", func() error {
+		left := ""
+		for _, pid := range []int{guard, worker} {
+			if pid > 0 && unix.Kill(pid, unix.SIGKILL) == nil {
+				left += fmt.Sprint(" ", pid)
+			}
+		}
+		if left != "" {
+			return errors.New("there are" + left)
+		}
+		return nil
+	})
+	if err := os.RemoveAll(h.ExecRoot); err != nil {
+		t.Fatal(err)
+	}
+	h.Start(t)
+}
+
 func TestTheStateOfAWholeSystemIsSavedAndResumed(t *testing.T) {
 	h, docker := newHost(t, "--experimental")
 	d := docker.Program(filepath.Join(host.Bin(), "dolium"))
@@ -489,8 +513,7 @@ func TestTheStateOfAWholeSystemIsSavedAndResumed(t *testing.T) {
 	d.Fails(1, "can't be cloned", "clone", "sys", "copy")
 	d.OK("suspend", "sys")
 	d.Fails(125, "a virtual machine has it", "run", "--rm", "-v", "disk:/disk", "busybox", "true")
-	h.Kill9(t)
-	h.Start(t)
+	reboot(t, h)
 	at := strings.Count(d.OK("logs", "sys"), "\n")
 	// Somebody takes its address meanwhile.
 	ip, _, _ := strings.Cut(address, " ")

@@ -237,21 +237,7 @@ func TestWhatAnImageCostsIsMeasured(t *testing.T) {
 }
 
 func TestAMachineWaitsWhileTheDiskIsFull(t *testing.T) {
-	t.Parallel()
-	h := host.New(t, host.Options{Stopped: true})
-	if err := os.MkdirAll(h.DataRoot, 0o711); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mount("tmpfs", h.DataRoot, "tmpfs", 0, "size=260m"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = unix.Unmount(h.DataRoot, unix.MNT_DETACH)
-		_ = os.RemoveAll(h.DataRoot)
-	})
-	h.Start(t)
-	h.Load(t, host.BusyboxImage())
-	d := h.CLI(t)
+	h, d := newSmallHost(t, "260m")
 	d.OK("volume", "create", "-d", "block", "-o", "size=1g", "vol")
 	d.OK(vm("-d", "--name", "mach", "-v", "vol:/vol", "busybox", "sh", "-c", "while [ ! -e /go ]; do sleep 1; done; dd if=/dev/urandom of=/vol/big bs=1M count=20 && sync && echo written; sleep 100000")...)
 	filler := filepath.Join(h.DataRoot, "filler")

@@ -83,12 +83,14 @@ func (d *Driver) templateFor(m *machine, s *isolation.Spec, as purpose) (t templ
 	}
 	sum := sha256.Sum256(fmt.Appendln(nil, m.lower, info.ModTime().UnixNano()))
 	t.imageKey = t.key + "-" + hex.EncodeToString(sum[:8])
-	if t.image = ""; as != asImageTemplate {
+	if as != asImageTemplate {
 		t.image = d.template(t.imageKey)
 	}
-	if t.image != "" {
-		now := time.Now()
-		_ = os.Chtimes(t.image, now, now) // the longest unused goes first
+	now := time.Now()
+	for _, dir := range []string{t.generic, t.image} {
+		if dir != "" {
+			_ = os.Chtimes(dir, now, now) // the longest unused goes first
+		}
 	}
 	return t
 }
@@ -164,9 +166,7 @@ func (d *Driver) prepareTemplate(key string, s *isolation.Spec, lower string) {
 		} else if err == nil {
 			d.config.Log.Debug("template of machines made", "took", time.Since(start), "image", lower)
 		}
-		if lower != "" {
-			d.forgetTemplates()
-		}
+		d.forgetTemplates()
 	})
 }
 
@@ -242,12 +242,13 @@ func (d *Driver) makeTemplate(ctx context.Context, key string, r container.Resou
 // imageFile has the path of the image's disk that a template is of.
 const imageFile = "image"
 
-// maxImageTemplates is how many templates of images are kept; each takes about 100 MB.
-const maxImageTemplates = 8
+// maxTemplates is how many templates of a kind are kept; each takes about 100 MB.
+const maxTemplates = 8
 
-// forgetTemplates removes the templates of images that are gone, and of those that weren't used for the longest time.
+// forgetTemplates removes the templates of images that are gone, those that weren't finished, and of generic ones and images' those
+// that weren't used for the longest time. It mustn't run while one is made.
 func (d *Driver) forgetTemplates() {
-	dirs, err := filepath.Glob(filepath.Join(d.templateDir("*"), imageFile))
+	dirs, err := filepath.Glob(d.templateDir("*"))
 	if err != nil {
 		return
 	}
@@ -255,33 +256,32 @@ func (d *Driver) forgetTemplates() {
 		dir  string
 		used time.Time
 	}
-	var left []kept
-	for _, f := range dirs {
-		dir := filepath.Dir(f)
-		image, err := os.ReadFile(f)
-		if err != nil {
-			continue
+	left := map[bool][]kept{} // by whether it is an image's
+	remove := func(dir string) {
+		if err := os.RemoveAll(dir); err != nil {
+			d.config.Log.Warn("template of machines is left", "error", err)
 		}
+	}
+	for _, dir := range dirs {
 		info, err := os.Stat(dir)
 		if err != nil {
 			continue
 		}
-		if _, err := os.Stat(string(image)); err == nil {
-			left = append(left, kept{dir, info.ModTime()})
+		image, err := os.ReadFile(filepath.Join(dir, imageFile))
+		isImages := err == nil
+		_, gone := os.Stat(string(image))
+		if filepath.Ext(dir) == ".new" || isImages && gone != nil {
+			remove(dir)
 			continue
 		}
-		if err := os.RemoveAll(dir); err != nil {
-			d.config.Log.Warn("template of a removed image is left", "error", err)
-		}
+		left[isImages] = append(left[isImages], kept{dir, info.ModTime()})
 	}
-	slices.SortFunc(left, func(a, b kept) int { return b.used.Compare(a.used) })
-	for i, k := range left {
-		// One that was just chosen is about to be read.
-		if i < maxImageTemplates || time.Since(k.used) < time.Minute {
-			continue
-		}
-		if err := os.RemoveAll(k.dir); err != nil {
-			d.config.Log.Warn("template of an image is left", "error", err)
+	for _, all := range left {
+		slices.SortFunc(all, func(a, b kept) int { return b.used.Compare(a.used) })
+		for _, k := range all[min(maxTemplates, len(all)):] {
+			if time.Since(k.used) > time.Minute { // one that was just chosen is about to be read
+				remove(k.dir)
+			}
 		}
 	}
 }
