@@ -12,6 +12,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"strings"
 
@@ -146,6 +147,7 @@ func (d *Driver) bootFiles(k kernel) (*booted, error) {
 	if err := writeInitrd(filepath.Join(tmp, "initrd"), d.config.GuestPath, filepath.Join(k.dir, "modules")); err != nil {
 		return nil, fmt.Errorf("initramfs for kernel %s: %w", k.name, err)
 	}
+	debug.FreeOSMemory() // a kernel was in it, several times
 	return b, os.Rename(tmp, dir)
 }
 
