@@ -179,10 +179,11 @@ func (e *engine) oursWithoutQEMU(ctx context.Context) (float64, error) {
 	return total, nil
 }
 
-// waitForTemplate waits until no template is being made, which would disturb what is measured next.
+// waitForTemplate waits until no template is being made, which would disturb what is measured next; one is begun a second after a
+// start.
 func waitForTemplate(ctx context.Context) {
 	quiet := 0
-	for deadline := time.Now().Add(time.Minute); quiet < 5 && time.Now().Before(deadline) && ctx.Err() == nil; time.Sleep(100 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); quiet < 25 && time.Now().Before(deadline) && ctx.Err() == nil; time.Sleep(100 * time.Millisecond) {
 		quiet++
 		lines, err := filepath.Glob("/proc/[0-9]*/cmdline")
 		if err != nil {
