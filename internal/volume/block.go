@@ -85,7 +85,11 @@ func makeImage(ctx context.Context, dir string, size int64) error {
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(f.Truncate(size), f.Close()); err != nil {
+	err = errors.Join(f.Truncate(size), f.Close())
+	if errors.Is(err, unix.EFBIG) || errors.Is(err, unix.EINVAL) {
+		return fault.New(errdefs.ErrInvalidArgument, "a block volume of %s is larger than a file can be on the host's file system", units.BytesSize(float64(size)))
+	}
+	if err != nil {
 		return err
 	}
 	content, err := os.MkdirTemp(dir, "content-")
