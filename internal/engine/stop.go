@@ -96,6 +96,11 @@ func (e *Engine) markStopping(c *Container) (*run, error) {
 	return c.run, nil
 }
 
+// endsStart says whether a signal ends what is being started: nothing in it can answer one yet, and Ctrl-C should not be in vain.
+func endsStart(sig syscall.Signal) bool {
+	return sig == syscall.SIGKILL || sig == syscall.SIGTERM || sig == syscall.SIGINT
+}
+
 // abortStart ends what is being started, which for a machine takes as long as its guest boots. It says whether there was anything.
 func (c *Container) abortStart(ctx context.Context) bool {
 	c.mu.Lock()
@@ -218,7 +223,7 @@ func (e *Engine) ContainerKill(ctx context.Context, ref, name string) error {
 	case r == nil:
 		pending := c.cancelRestart()
 		c.mu.Unlock()
-		if pending || sig == syscall.SIGKILL && c.abortStart(ctx) {
+		if pending || endsStart(sig) && c.abortStart(ctx) {
 			return nil
 		}
 		return fault.New(errdefs.ErrConflict, "cannot kill container: %s: container %s is not running", ref, c.ID())

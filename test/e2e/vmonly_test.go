@@ -278,7 +278,7 @@ func TestAMachineWaitsWhileTheDiskIsFull(t *testing.T) {
 
 func TestAMachineIsKilledWhileItBoots(t *testing.T) {
 	h, d := newHost(t)
-	for _, kill := range [][]string{{"kill", "mach"}, {"rm", "-f", "mach"}} {
+	for _, kill := range [][]string{{"kill", "mach"}, {"kill", "-s", "INT", "mach"}, {"rm", "-f", "mach"}} {
 		start := d.Go(vm("--name", "mach", "--memory", "700m", "busybox", "echo", "booted")...)
 		var qemu host.Process
 		host.Eventually(t, "QEMU runs", func() error {
