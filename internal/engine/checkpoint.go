@@ -201,7 +201,7 @@ func (e *Engine) restore(ctx context.Context, c *Container, at, name string) err
 	if _, err := os.Stat(at); errors.Is(err, os.ErrNotExist) {
 		return fault.New(errdefs.ErrNotFound, "checkpoint %s does not exist for container %s", name, rec.ID)
 	}
-	return e.startFrom(ctx, rec.ID, at)
+	return e.startFrom(ctx, rec.ID, savedState{dir: at})
 }
 
 // ContainerSuspend saves a running container to disk and ends it; ContainerResume lets it go on, also after the host was
@@ -250,13 +250,16 @@ func (e *Engine) ContainerClone(ctx context.Context, ref, name string) (string, 
 	if err != nil {
 		return "", err
 	}
-	if _, _, err := e.checkpointer(c); err != nil {
+	_, r, err := e.checkpointer(c)
+	if err != nil {
 		return "", err
 	}
-	rec, _ := c.snapshot()
-	if rec.Boots {
-		return "", fault.New(errdefs.ErrNotImplemented, "a machine with an operating system of its own can't be cloned while it runs: nobody would give the copy another identity (commit it, or create a snapshot)")
+	if x, ok := r.inst.(isolation.Cloner); ok {
+		if err := x.Clonable(ctx); err != nil {
+			return "", err
+		}
 	}
+	rec, _ := c.snapshot()
 	created, err := e.ContainerCreate(ctx, likeness(&rec, name))
 	if err != nil {
 		return "", err
@@ -264,7 +267,7 @@ func (e *Engine) ContainerClone(ctx context.Context, ref, name string) (string, 
 	dir := filepath.Join(e.dir(created.ID), "cloned")
 	err = e.saveRunning(ctx, c, dir, true, false)
 	if err == nil {
-		err = e.startFrom(ctx, created.ID, dir)
+		err = e.startFrom(ctx, created.ID, savedState{dir: dir, clone: true})
 	}
 	if err != nil {
 		return "", errors.Join(err, e.ContainerRemove(ctx, created.ID, RemoveOptions{Force: true, Volumes: true}))

@@ -18,11 +18,17 @@ import (
 // ContainerStart runs a container. Errors: ErrNotFound, ErrNotModified when it runs already, ErrConflict when it is being
 // removed, ErrInvalidArgument when its program can't be executed; after an error nothing of the attempt is left.
 func (e *Engine) ContainerStart(ctx context.Context, ref string) error {
-	return e.startFrom(ctx, ref, "")
+	return e.startFrom(ctx, ref, savedState{})
 }
 
-// startFrom is ContainerStart; with the directory of a checkpoint the container goes on from there.
-func (e *Engine) startFrom(ctx context.Context, ref, restore string) error {
+// savedState is what a container goes on from; the zero value is its beginning.
+type savedState struct {
+	dir   string // a checkpoint's
+	clone bool   // of another container, which runs
+}
+
+// startFrom is ContainerStart; from a saved state the container goes on.
+func (e *Engine) startFrom(ctx context.Context, ref string, restore savedState) error {
 	c, err := e.lookup(ref)
 	if err != nil {
 		return err
@@ -51,9 +57,11 @@ func (e *Engine) startFrom(ctx context.Context, ref, restore string) error {
 }
 
 // start runs a container that isn't running. Call with life held.
-func (e *Engine) start(ctx context.Context, c *Container) error { return e.startRestored(ctx, c, "") }
+func (e *Engine) start(ctx context.Context, c *Container) error {
+	return e.startRestored(ctx, c, savedState{})
+}
 
-func (e *Engine) startRestored(ctx context.Context, c *Container, restore string) error {
+func (e *Engine) startRestored(ctx context.Context, c *Container, restore savedState) error {
 	rec, _ := c.snapshot()
 	c.mu.Lock()
 	removed := c.removed
@@ -87,12 +95,12 @@ func (e *Engine) startRestored(ctx context.Context, c *Container, restore string
 }
 
 // launch takes the steps of a start, each with its undo.
-func (e *Engine) launch(ctx context.Context, c *Container, rec *record, restore string) (_ *run, err error) {
+func (e *Engine) launch(ctx context.Context, c *Container, rec *record, restore savedState) (_ *run, err error) {
 	driver, err := e.driver(rec.HostConfig.Isolation)
 	if err != nil {
 		return nil, err
 	}
-	if restore == "" {
+	if restore.dir == "" {
 		// What was suspended can't be resumed after the disk was written to.
 		if err := os.RemoveAll(e.suspendedDir(rec.ID)); err != nil {
 			return nil, err
@@ -119,8 +127,8 @@ func (e *Engine) launch(ctx context.Context, c *Container, rec *record, restore 
 	}
 	r := &run{Boot: e.boot, ended: make(chan struct{})}
 	if r.NetSpec = e.netSpec(rec); r.NetSpec != nil {
-		if rec.Boots && restore != "" {
-			if err := wantAddresses(restore, r.NetSpec); err != nil {
+		if rec.Boots && restore.dir != "" && !restore.clone {
+			if err := wantAddresses(restore.dir, r.NetSpec); err != nil {
 				return nil, err
 			}
 		}
@@ -136,7 +144,7 @@ func (e *Engine) launch(ctx context.Context, c *Container, rec *record, restore 
 	if err != nil {
 		return nil, err
 	}
-	spec.Restore = restore
+	spec.Restore, spec.Clone = restore.dir, restore.clone
 	// Written before anything runs: should the daemon die from here on, the next one knows what to look for.
 	u.add(func() { os.Remove(e.runFile(rec.ID)) })
 	if err := e.saveRun(rec.ID, r); err != nil {

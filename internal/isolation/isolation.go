@@ -109,6 +109,12 @@ type Checkpointer interface {
 	Checkpoint(ctx context.Context, dir string, disk, exit bool) error
 }
 
+// Cloner is the role of workloads whose copies need help from within to become others than they were.
+type Cloner interface {
+	// Clonable says whether a copy of the running workload can go on as another one. Error: ErrFailedPrecondition.
+	Clonable(ctx context.Context) error
+}
+
 // Limiter is the role of workloads whose input and output can be limited by annotations; Limit applies them as they are now.
 // Error: ErrInvalidArgument.
 type Limiter interface {
@@ -280,6 +286,8 @@ type Spec struct {
 
 	// Restore is the directory of a checkpoint to go on from; empty to begin anew.
 	Restore string
+	// Clone says that what goes on is a copy of another workload, and becomes this one.
+	Clone bool
 
 	// Mounts in the order to mount, parents first; they include /etc/hosts, /etc/hostname, /etc/resolv.conf, volumes,
 	// binds, tmpfs and /dev/shm. The driver adds its own (/proc, /sys, /dev, ...) before them.

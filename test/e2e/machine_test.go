@@ -298,8 +298,9 @@ func TestADebianDiskIsAMachine(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	address := d.Inspect("deb", "{{.NetworkSettings.Networks.net.IPAddress}}")
-	shell := func(command string) (string, error) {
+	addressOf := func(name string) string { return d.Inspect(name, "{{.NetworkSettings.Networks.net.IPAddress}}") }
+	address := addressOf("deb")
+	shellAt := func(address, command string) (string, error) {
 		c, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 		defer cancel()
 		conn, err := h.NS.Dial(c, "tcp", address+":22")
@@ -323,6 +324,7 @@ func TestADebianDiskIsAMachine(t *testing.T) {
 		out, err := session.CombinedOutput(command)
 		return strings.TrimSpace(string(out)), err
 	}
+	shell := func(command string) (string, error) { return shellAt(address, command) }
 	patiently(t, "ssh opens the machine", 6*time.Minute, func() error {
 		_, err := shell("true")
 		return err
@@ -416,7 +418,12 @@ func TestADebianDiskIsAMachine(t *testing.T) {
 	}
 
 	// The same disk boots by UEFI, and not where everything has to be signed.
-	d.OK("vm", "run", "--name", "efi", "--firmware", "uefi", "debian-machine")
+	d.Fails(1, "is not running", "clone", "deb", "copy")
+	userData := filepath.Join(t.TempDir(), "user-data")
+	if err := os.WriteFile(userData, []byte("#cloud-config\nruncmd: [\"echo ran >>/var/log/ran\"]\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	d.OK("vm", "run", "--name", "efi", "--network", "net", "--firmware", "uefi", "--login", "anna", "--ssh-key", keyFile, "--user-data", userData, "debian-machine")
 	d.OK("vm", "run", "--name", "signed", "--firmware", "secure-boot", "debian-machine")
 	patiently(t, "the kernel starts under UEFI", 3*time.Minute, func() error {
 		if logs := d.Run("logs", "efi").Stdout; !bytes.Contains([]byte(logs), []byte("efi: EFI v")) {
@@ -434,6 +441,45 @@ func TestADebianDiskIsAMachine(t *testing.T) {
 		}
 		return nil
 	})
+
+	// A copy of it goes on from where it is, and is another one.
+	d.OK("rm", "-f", "signed")
+	patiently(t, "ssh opens the machine that began with UEFI, which has done what it was told", 6*time.Minute, func() error {
+		_, err := shellAt(addressOf("efi"), "cat /var/log/ran")
+		return err
+	})
+	if _, err := shellAt(addressOf("efi"), "echo its own >/dev/shm/file; sudo systemd-run -q --unit counter sleep 100000"); err != nil {
+		t.Fatal(err)
+	}
+	d.OK("clone", "efi", "copy")
+	const who = "hostname; cat /etc/machine-id /etc/ssh/ssh_host_ed25519_key.pub /sys/class/net/eth0/address; ip -o -4 addr show | awk '{print $4}'"
+	var original, copied []string
+	for name, to := range map[string]*[]string{"efi": &original, "copy": &copied} {
+		patiently(t, "ssh opens "+name, time.Minute, func() error {
+			got, err := shellAt(addressOf(name), who)
+			*to = strings.Split(got, "\n")
+			return err
+		})
+		if ip := (*to)[len(*to)-1]; ip != addressOf(name)+"/16" {
+			t.Errorf("%s: addresses %q", name, *to)
+		}
+		if got := d.OK("exec", "web", "sh", "-c", "sleep 1 | nc -w 5 "+name+" 22"); !strings.HasPrefix(got, "SSH-2.0") {
+			t.Errorf("a container reaches %q at %s", got, name)
+		}
+	}
+	if len(original) != len(copied) {
+		t.Fatalf("%q and %q", original, copied)
+	}
+	for i := range original {
+		if original[i] == copied[i] && !strings.HasPrefix(original[i], "127.") {
+			t.Errorf("both are %s", original[i])
+		}
+	}
+	if got, err := shellAt(addressOf("copy"), "cat /dev/shm/file; systemctl is-active counter; cat /var/log/ran; getent hosts web | cut -d' ' -f1"); err != nil ||
+		got != "its own\nactive\nran\n"+d.Inspect("web", "{{.NetworkSettings.Networks.net.IPAddress}}") {
+		t.Errorf("the copy has %q, %v", got, err)
+	}
+	d.OK("rm", "-f", "efi", "copy")
 	d.OK("rm", "-f", "efi", "signed")
 }
 
@@ -510,7 +556,7 @@ func TestTheStateOfAWholeSystemIsSavedAndResumed(t *testing.T) {
 	}
 	address := d.Inspect("sys", "{{.NetworkSettings.Networks.net.IPAddress}} {{.NetworkSettings.Networks.net.MacAddress}}")
 	d.Fails(1, "can only be suspended", "checkpoint", "create", "--leave-running", "sys", "one")
-	d.Fails(1, "can't be cloned", "clone", "sys", "copy")
+	d.Fails(1, "the help of its agent", "clone", "sys", "copy")
 	d.OK("suspend", "sys")
 	d.Fails(125, "a virtual machine has it", "run", "--rm", "-v", "disk:/disk", "busybox", "true")
 	reboot(t, h)

@@ -513,21 +513,22 @@ func setSysctls(sysctls map[string]string) error {
 // onlineCPUs brings CPUs online, or takes them off, until there are n. CPUs that are being plugged in take a moment.
 func onlineCPUs(n int) error {
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-		cpus, err := filepath.Glob("/sys/devices/system/cpu/cpu[0-9]*")
-		if err != nil {
+		err := setOnline(n)
+		if err == nil || time.Now().After(deadline) {
 			return err
-		}
-		if len(cpus) >= n {
-			return setOnline(cpus, n)
-		}
-		if time.Now().After(deadline) {
-			return fmt.Errorf("the machine has %d CPUs: %w", len(cpus), errdefs.ErrFailedPrecondition)
 		}
 	}
 }
 
-// setOnline makes the first n CPUs those that are online.
-func setOnline(cpus []string, n int) error {
+// setOnline makes the first n CPUs those that are online. Error: ErrFailedPrecondition when there are fewer.
+func setOnline(n int) error {
+	cpus, err := filepath.Glob("/sys/devices/system/cpu/cpu[0-9]*")
+	if err != nil {
+		return err
+	}
+	if len(cpus) < n {
+		return fmt.Errorf("the machine has %d CPUs: %w", len(cpus), errdefs.ErrFailedPrecondition)
+	}
 	slices.SortFunc(cpus, func(a, b string) int {
 		x, _ := strconv.Atoi(strings.TrimPrefix(filepath.Base(a), "cpu"))
 		y, _ := strconv.Atoi(strings.TrimPrefix(filepath.Base(b), "cpu"))
@@ -536,8 +537,8 @@ func setOnline(cpus []string, n int) error {
 	for i, c := range cpus {
 		path := filepath.Join(c, "online")
 		state, err := os.ReadFile(path)
-		if errors.Is(err, os.ErrNotExist) {
-			continue // the first can't be taken off
+		if i == 0 && errors.Is(err, os.ErrNotExist) {
+			continue // it can't be taken off; another without the file is just being made
 		}
 		want := "0"
 		if i < n {

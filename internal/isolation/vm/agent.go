@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
-	"encoding/base64"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -161,45 +160,53 @@ func (c *command) Start(ctx context.Context) error {
 	return nil
 }
 
-// follow waits for the end and hands out what was said.
-func (c *command) follow(pid int) {
-	var status struct {
-		Exited   bool   `json:"exited"`
-		ExitCode int    `json:"exitcode"`
-		Signal   int    `json:"signal"`
-		Out      string `json:"out-data"`
-		Err      string `json:"err-data"`
+// said is how a command ended and what it said.
+type said struct {
+	Exited   bool   `json:"exited"`
+	ExitCode int    `json:"exitcode"`
+	Signal   int    `json:"signal"`
+	Out      []byte `json:"out-data"`
+	Err      []byte `json:"err-data"`
+}
+
+// code is the exit status as a shell has it.
+func (s *said) code() int {
+	if s.Signal != 0 {
+		return 128 + s.Signal
 	}
-	exit := isolation.Exit{}
+	return s.ExitCode
+}
+
+// await waits for the end of a command that the agent runs.
+func (i *system) await(pid int) (*said, error) {
 	for pause := 20 * time.Millisecond; ; pause = min(2*pause, time.Second) {
 		ctx, cancel := context.WithTimeout(context.Background(), 4*agentPatience)
-		err := c.i.d.agent(ctx, c.i.id, "guest-exec-status", map[string]any{"pid": pid}, &status)
+		s := &said{}
+		err := i.d.agent(ctx, i.id, "guest-exec-status", map[string]any{"pid": pid}, s)
 		cancel()
-		if err != nil {
-			exit = isolation.Exit{Code: 255, Error: err.Error()}
-			break
-		}
-		if status.Exited {
-			if exit.Code = status.ExitCode; status.Signal != 0 {
-				exit.Code = 128 + status.Signal
-			}
-			break
+		if err != nil || s.Exited {
+			return s, err
 		}
 		select {
-		case <-c.i.gone:
-			exit = isolation.Exit{Code: 255, Error: "the machine was switched off"}
+		case <-i.gone:
+			return s, errors.New("the machine was switched off")
 		case <-time.After(pause):
-			continue
 		}
-		break
 	}
-	exit.At = time.Now().UTC()
+}
+
+// follow waits for the end and hands out what was said.
+func (c *command) follow(pid int) {
+	s, err := c.i.await(pid)
+	exit := isolation.Exit{Code: s.code(), At: time.Now().UTC()}
+	if err != nil {
+		exit.Code, exit.Error = 255, err.Error()
+	}
 	var out bytes.Buffer
-	for kind, text := range map[stdcopy.StdType]string{stdcopy.Stdout: status.Out, stdcopy.Stderr: status.Err} {
-		b, err := base64.StdEncoding.DecodeString(text)
-		if err == nil && len(b) > 0 {
-			out.Write(binary.BigEndian.AppendUint32([]byte{byte(kind), 0, 0, 0}, uint32(len(b)))) // Docker's frame, see isolation.Stream
-			out.Write(b)
+	for kind, text := range map[stdcopy.StdType][]byte{stdcopy.Stdout: s.Out, stdcopy.Stderr: s.Err} {
+		if len(text) > 0 {
+			out.Write(binary.BigEndian.AppendUint32([]byte{byte(kind), 0, 0, 0}, uint32(len(text)))) // Docker's frame, see isolation.Stream
+			out.Write(text)
 		}
 	}
 	c.mu.Lock()

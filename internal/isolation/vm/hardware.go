@@ -106,6 +106,8 @@ func (h *hardware) args() []string {
 	device("virtio-balloon-pci,id=balloon,free-page-reporting=on,addr=6")
 	a = append(a, "-object", "rng-random,id=rng,filename=/dev/urandom")
 	device("virtio-rng-pci,rng=rng,addr=7")
+	// A number that is another one whenever a state is gone on from: kernels draw other random numbers then.
+	device("vmgenid,guid=auto")
 	for _, x := range h.devices {
 		device("%s", x.option)
 	}

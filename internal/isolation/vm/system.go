@@ -49,7 +49,8 @@ type system struct {
 	d  *Driver
 	id string
 
-	restore  string // a checkpoint's directory
+	restore  string    // a checkpoint's directory
+	become   *identity // of a copy
 	mu       sync.Mutex
 	pressing bool // the power button
 	gone     chan struct{}
@@ -63,6 +64,7 @@ var (
 	_ isolation.Displayer    = (*system)(nil)
 	_ isolation.Limiter      = (*system)(nil)
 	_ isolation.Checkpointer = (*system)(nil)
+	_ isolation.Cloner       = (*system)(nil)
 )
 
 func (d *Driver) system(id string) *system {
@@ -205,6 +207,9 @@ func (d *Driver) createSystem(ctx context.Context, s *isolation.Spec) (_ *system
 	}
 	i := d.system(s.ID)
 	i.restore = s.Restore
+	if s.Clone {
+		i.become = &identity{id: s.ID, hostname: s.Hostname, domainname: s.Domainname}
+	}
 	return i, nil
 }
 
@@ -382,7 +387,16 @@ func (i *system) goOn(ctx context.Context) error {
 	}
 	defer state.Close()
 	socket := filepath.Join(i.d.runDir(i.id), "state.sock")
+	k, err := i.d.recall(i.id)
+	if err != nil {
+		return err
+	}
 	err = i.d.monitored(ctx, i.id, func(m *monitor) error {
+		if i.become != nil {
+			if err := m.separate(k); err != nil {
+				return err
+			}
+		}
 		if err := m.run("migrate-incoming", map[string]any{"uri": "unix:" + socket}, nil); err != nil {
 			return err
 		}
@@ -399,9 +413,10 @@ func (i *system) goOn(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	k, err := i.d.recall(i.id)
-	if err != nil {
-		return err
+	if i.become != nil {
+		if err := i.another(ctx, k); err != nil {
+			return fmt.Errorf("give the copy another identity: %w", err)
+		}
 	}
 	k.OS.Resuming = false
 	go i.setClock()

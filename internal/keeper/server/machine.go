@@ -416,6 +416,12 @@ func (x *machine) exit(id uint32, e *guest.ExitBody) {
 	end := x.ends[id]
 	x.mu.Unlock()
 	if end != nil {
+		// A guest may be done with a process before its start is all recorded here.
+		end.p.mu.Lock()
+		for end.p.beginning {
+			end.p.cond.Wait()
+		}
+		end.p.mu.Unlock()
 		x.closeEnd(id)
 		end.p.mu.Lock()
 		over := end.p.dying || end.p.rec.Exit != nil

@@ -50,6 +50,7 @@ type proc struct {
 
 	stdinKeep int  // both ends of stdin, until the process has it
 	dying     bool // of a process in a guest: its end is being dealt with
+	beginning bool // its start is under way
 	ttyFar    int  // the guest's end of a terminal in a machine, -1 when there is none
 	log       *logs.Writer
 	pidfd     int
@@ -158,7 +159,14 @@ func (p *proc) start() (err error) {
 		p.mu.Unlock()
 		return err
 	}
+	p.beginning = true
 	p.mu.Unlock()
+	defer func() {
+		p.mu.Lock()
+		p.beginning = false
+		p.changed()
+		p.mu.Unlock()
+	}()
 	pid, master, err := p.spawn()
 	if err != nil {
 		p.fail(err)
