@@ -39,6 +39,9 @@ func (e *Engine) checkpointDir(id, dir, name string) (string, error) {
 // suspendedDir is where a suspended container's state is.
 func (e *Engine) suspendedDir(id string) string { return filepath.Join(e.dir(id), "suspended") }
 
+// clonedDir is where the state of another container is that a clone begins with.
+func (e *Engine) clonedDir(id string) string { return filepath.Join(e.dir(id), "cloned") }
+
 // checkpointer is a running container's role. Errors: ErrConflict (not running, paused), ErrNotImplemented.
 func (e *Engine) checkpointer(c *Container) (isolation.Checkpointer, *run, error) {
 	c.mu.Lock()
@@ -260,19 +263,53 @@ func (e *Engine) ContainerClone(ctx context.Context, ref, name string) (string, 
 		}
 	}
 	rec, _ := c.snapshot()
-	created, err := e.ContainerCreate(ctx, likeness(&rec, name))
+	o := likeness(&rec, name)
+	o.unfinished = true
+	created, err := e.ContainerCreate(ctx, o)
 	if err != nil {
 		return "", err
 	}
-	dir := filepath.Join(e.dir(created.ID), "cloned")
+	dir := e.clonedDir(created.ID)
 	err = e.saveRunning(ctx, c, dir, true, false)
 	if err == nil {
 		err = e.startFrom(ctx, created.ID, savedState{dir: dir, clone: true})
+	}
+	if err == nil {
+		err = e.finish(created.ID)
 	}
 	if err != nil {
 		return "", errors.Join(err, e.ContainerRemove(ctx, created.ID, RemoveOptions{Force: true, Volumes: true}))
 	}
 	return created.ID, os.RemoveAll(dir)
+}
+
+// finish says that a container is made.
+func (e *Engine) finish(id string) error {
+	c, err := e.lookup(id)
+	if err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.rec.Unfinished = false
+	return e.save(c)
+}
+
+// tidy removes what a daemon left that died while it saved, resumed or cloned a container. Call it before requests are served.
+func (e *Engine) tidy(ctx context.Context, c *Container) error {
+	rec, r := c.snapshot()
+	if rec.Unfinished {
+		return e.ContainerRemove(ctx, rec.ID, RemoveOptions{Force: true, Volumes: true})
+	}
+	half, err := filepath.Glob(filepath.Join(e.dir(rec.ID), "checkpoints", "*.new"))
+	half = append(half, e.suspendedDir(rec.ID)+".new", e.clonedDir(rec.ID))
+	if r != nil {
+		half = append(half, e.suspendedDir(rec.ID)) // it went on since
+	}
+	for _, dir := range half {
+		err = errors.Join(err, os.RemoveAll(dir))
+	}
+	return err
 }
 
 // likeness is what to create for a container like another that runs beside it.

@@ -56,6 +56,8 @@ type record struct {
 	Args []string
 	// Boots says that it has no command but an operating system, on disks that its image brings.
 	Boots bool `json:",omitempty"`
+	// Unfinished says that what it is made by hasn't come to its end, and removes it if it can't.
+	Unfinished bool `json:",omitempty"`
 
 	Config     *container.Config
 	HostConfig *container.HostConfig

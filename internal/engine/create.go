@@ -30,6 +30,8 @@ type CreateOptions struct {
 	HostConfig       *container.HostConfig
 	NetworkingConfig *apinetwork.NetworkingConfig
 	Platform         *ocispec.Platform
+
+	unfinished bool // the container is removed should the daemon die before it is said to be finished
 }
 
 // ContainerCreate makes a container from an image. Everything that can be wrong with the request is found before
@@ -78,7 +80,7 @@ func (e *Engine) ContainerCreate(ctx context.Context, o CreateOptions) (containe
 
 	c := &Container{rec: record{
 		ID: id, Name: name, Created: time.Now().UTC(), Config: o.Config, HostConfig: o.HostConfig,
-		Endpoints: endpoints, Mounts: mounts,
+		Endpoints: endpoints, Mounts: mounts, Unfinished: o.unfinished,
 		State: stateRecord{Status: container.StateCreated},
 	}}
 	if img != nil {

@@ -58,6 +58,11 @@ func (e *Engine) Restore(ctx context.Context) error {
 		e.takeBack(ctx, c, r)
 	}
 	for _, c := range e.all() {
+		if err := e.tidy(ctx, c); err != nil {
+			e.log.Warn("left by a daemon that died", "container", c.ID(), "error", err)
+		}
+	}
+	for _, c := range e.all() {
 		// What was being started or looked at when the last daemon died holds volumes that others may want.
 		if rec, r := c.snapshot(); r == nil {
 			e.releaseMounts(ctx, &rec)

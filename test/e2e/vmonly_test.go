@@ -3,6 +3,7 @@ package e2e
 import (
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -360,4 +361,62 @@ func TestMachinesOfATemplateAreEachTheirOwn(t *testing.T) {
 	if n := templates(); n != 0 {
 		t.Errorf("%d templates of images are left", n)
 	}
+}
+
+// A daemon that is killed while a machine is saved, cloned or resumed loses no machine, and leaves nothing half made.
+func TestMachinesOutliveADaemonThatWasSavingThem(t *testing.T) {
+	h, docker := newHost(t, "--experimental")
+	d := docker.Program(filepath.Join(host.Bin(), "dolium"))
+	warmMachines(t, h, docker)
+	d.OK(vm("-d", "--name", "mach", "busybox", "sh", "-c", "touch /dev/shm/began; sleep 100000")...)
+	host.Eventually(t, "it begins", func() error {
+		if r := d.Run("exec", "mach", "ls", "/dev/shm/began"); r.Code != 0 {
+			return errors.New(r.Stderr)
+		}
+		return nil
+	})
+	outcomes := map[string]int{}
+	for i, what := range [][]string{
+		{"clone", "mach", "copy"}, {"suspend", "mach"}, {"checkpoint", "create", "--leave-running", "mach", "one"}, {"clone", "mach", "copy"},
+		{"suspend", "mach"}, {"suspend", "mach"}, {"clone", "mach", "copy"}, {"clone", "mach", "copy"},
+	} {
+		done := make(chan host.Result, 1)
+		go func() { done <- d.Run(what...) }()
+		time.Sleep(time.Duration(rand.IntN(2500)) * time.Millisecond) // the random point
+		h.Kill9(t)
+		r := <-done
+		h.Start(t)
+		if d.Inspect("mach", "{{.State.Status}}") == "exited" {
+			if what[0] != "suspend" {
+				t.Fatalf("%d: it has ended by %s", i, what)
+			}
+			outcomes["suspended"]++
+			go func() { done <- d.Run("resume", "mach") }()
+			time.Sleep(time.Duration(rand.IntN(1000)) * time.Millisecond)
+			h.Kill9(t)
+			<-done
+			h.Start(t)
+			if d.Inspect("mach", "{{.State.Status}}") != "running" {
+				outcomes["not resumed"]++
+				d.OK("resume", "mach")
+			}
+		}
+		// Its memory is what it was, and it is not standing still.
+		d.OK("exec", "mach", "ls", "/dev/shm/began")
+		if there := d.Run("inspect", "copy").Code == 0; there {
+			outcomes["cloned"]++
+			d.OK("exec", "copy", "ls", "/dev/shm/began")
+			d.OK("rm", "-f", "copy")
+		} else if r.Code == 0 && what[0] == "clone" {
+			t.Errorf("%d: a clone that was made is gone", i)
+		}
+		if left, _ := filepath.Glob(filepath.Join(h.DataRoot, "containers/*/*.new")); left != nil {
+			t.Errorf("%d: left are %s", i, left)
+		}
+		if left, _ := filepath.Glob(filepath.Join(h.DataRoot, "containers/*")); len(left) != 1 {
+			t.Errorf("%d: left are %s", i, left)
+		}
+	}
+	t.Logf("of 8: %v", outcomes)
+	d.OK("rm", "-f", "mach")
 }

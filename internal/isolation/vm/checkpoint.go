@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"dolium/internal/fault"
 	"dolium/internal/isolation"
@@ -72,6 +73,11 @@ func (d *Driver) checkpoint(ctx context.Context, id string, pid int, dir string,
 	if err := errors.Join(os.RemoveAll(tmp), os.MkdirAll(tmp, 0o700)); err != nil {
 		return err
 	}
+	// Should the daemon die meanwhile, the next one lets it go on.
+	k.Saving = true
+	if err := d.remember(id, k); err != nil {
+		return err
+	}
 	ended := false
 	defer func() {
 		if err != nil {
@@ -81,7 +87,7 @@ func (d *Driver) checkpoint(ctx context.Context, id string, pid int, dir string,
 			return
 		}
 		// It goes on where it was, also when it couldn't be saved.
-		again := d.monitored(context.WithoutCancel(ctx), id, func(m *monitor) error { return m.run("cont", nil, nil) })
+		again := d.goOn(context.WithoutCancel(ctx), id)
 		wake()
 		if again != nil {
 			err = errors.Join(err, fmt.Errorf("the machine doesn't go on: %w", again))
@@ -114,6 +120,54 @@ func (d *Driver) checkpoint(ctx context.Context, id string, pid int, dir string,
 		}
 	}
 	return nil
+}
+
+// goOn lets a machine go on that stood still to be saved.
+func (d *Driver) goOn(ctx context.Context, id string) error {
+	if err := d.monitored(ctx, id, func(m *monitor) error { return m.run("cont", nil, nil) }); err != nil {
+		return err
+	}
+	k, err := d.recall(id)
+	if err != nil {
+		return err
+	}
+	k.Saving = false
+	return d.remember(id, k)
+}
+
+// endSaving ends saving that is under way: it would stop the machine at its end.
+func (m *monitor) endSaving() error {
+	var is struct {
+		Status string `json:"status"`
+	}
+	if err := m.run("query-migrate", nil, &is); err != nil {
+		return err
+	}
+	switch is.Status {
+	case "", "completed", "failed", "cancelled": // see MigrationStatus in QEMU's interface
+		return nil
+	}
+	return errors.Join(fmt.Errorf("saving is %s", is.Status), m.run("migrate_cancel", nil, nil))
+}
+
+// goOnUnsaved lets a machine go on that an earlier daemon was saving.
+func (d *Driver) goOnUnsaved(id string, wake func()) {
+	ctx := context.Background()
+	var err error
+	const patience = 10 * time.Second // QEMU may not have noticed yet that nobody reads what it saves
+	for deadline := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
+		if err = d.monitored(ctx, id, (*monitor).endSaving); err == nil {
+			err = d.goOn(ctx, id)
+		}
+		if err == nil || time.Now().After(deadline) {
+			break
+		}
+	}
+	if err != nil {
+		d.config.Log.Error("a machine that was being saved stands still", "machine", id, "error", err)
+		return
+	}
+	wake()
 }
 
 // disks are the files that a machine writes to, by their names in a checkpoint.

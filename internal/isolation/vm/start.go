@@ -79,6 +79,16 @@ func (i *instance) Limit(ctx context.Context, annotations map[string]string) err
 	return i.d.limit(ctx, i.id, annotations)
 }
 
+// hasState says that a machine runs from the state that it was given.
+func (d *Driver) hasState(id string) error {
+	k, err := d.recall(id)
+	if err != nil {
+		return err
+	}
+	k.Incoming = false
+	return d.remember(id, k)
+}
+
 // throttled limits the disk of a machine that has just started, if that was asked.
 func (d *Driver) throttled(ctx context.Context, id string) error {
 	k, err := d.recall(id)
@@ -116,8 +126,11 @@ func (i *instance) run(ctx context.Context) error {
 	if i.start.memory != "" && !i.start.keep {
 		rerr = os.RemoveAll(i.start.memory)
 	}
+	if perr == nil && err == nil {
+		rerr = errors.Join(rerr, i.d.hasState(i.id))
+	}
 	if i.start.checkpoint {
-		return errors.Join(perr, err)
+		return errors.Join(perr, err, rerr)
 	}
 	if perr == nil && err != nil && !errors.Is(err, isolation.ErrCommandNotFound) && !errors.Is(err, isolation.ErrCommandNotExecutable) || perr != nil {
 		// The template may be what is wrong: the next start boots.

@@ -15,7 +15,6 @@ import (
 
 	"github.com/moby/moby/api/types/container"
 	"github.com/opencontainers/runtime-spec/specs-go"
-	"golang.org/x/sys/unix"
 
 	"dolium/internal/isolation"
 	"dolium/internal/isolation/process"
@@ -27,10 +26,8 @@ import (
 
 // knownOS is what is kept of such a machine for a daemon that didn't start it.
 type knownOS struct {
-	Emulated bool   `json:"emulated,omitempty"`
-	Vars     string `json:"vars,omitempty"` // of the firmware
-	// Resuming says that its state is being read: whoever did that is gone if it still says so.
-	Resuming bool     `json:"resuming,omitempty"`
+	Emulated bool     `json:"emulated,omitempty"`
+	Vars     string   `json:"vars,omitempty"` // of the firmware
 	Hostname string   `json:"hostname"`
 	Servers  []string `json:"servers,omitempty"`
 	Search   []string `json:"search,omitempty"`
@@ -187,7 +184,8 @@ func (d *Driver) createSystem(ctx context.Context, s *isolation.Spec) (_ *system
 	k := &known{
 		NetNS: s.NetNS, User: user, CPUs: h.cpus, Max: h.maxCPUs, Memory: h.memory, Base: h.memory, MaxMemory: h.maxMemory, NICs: map[string]int{},
 		Board: h.board, BaseCPUs: h.cpus, Disk: h.disks.upper, IO: g.io, Share: h.share, Volumes: len(h.volumes),
-		OS: &knownOS{Emulated: h.emulated, Vars: h.vars, Resuming: h.incoming, Hostname: s.Hostname, Servers: servers, Search: search},
+		Incoming: h.incoming,
+		OS:       &knownOS{Emulated: h.emulated, Vars: h.vars, Hostname: s.Hostname, Servers: servers, Search: search},
 	}
 	for i, n := range g.nics {
 		k.NICs[n.tap] = h.ports[i]
@@ -332,10 +330,6 @@ func (d *Driver) adoptSystem(id string, pid int, k *known) *system {
 	if pid == 0 {
 		return i
 	}
-	if k.OS.Resuming {
-		_ = unix.Kill(pid, unix.SIGKILL) // it has no whole state and never will
-		return i
-	}
 	nics, network, err := k.wire()
 	if err == nil {
 		err = d.greet(id, k, nics, leases(k.OS.Hostname, nics, network, k.OS.Servers, k.OS.Search))
@@ -418,7 +412,7 @@ func (i *system) goOn(ctx context.Context) error {
 			return fmt.Errorf("give the copy another identity: %w", err)
 		}
 	}
-	k.OS.Resuming = false
+	k.Incoming = false
 	go i.setClock()
 	return i.d.remember(i.id, k)
 }

@@ -359,6 +359,9 @@ func sharedMemory(out bool) any {
 // saveState stops a machine and writes its state into a file: that of its devices, and its memory unless that is a file.
 func (d *Driver) saveState(ctx context.Context, id, path string, memory bool) error {
 	socket := filepath.Join(d.runDir(id), "state.sock")
+	if err := os.RemoveAll(socket); err != nil { // of a daemon that died
+		return err
+	}
 	l, err := net.Listen("unix", socket)
 	if err != nil {
 		return err

@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"dolium/internal/guest"
@@ -186,6 +187,10 @@ type known struct {
 	Apart    bool     `json:"diskApart,omitempty"`
 	// Volumes is how many block volumes it has.
 	Volumes int `json:"volumes,omitempty"`
+	// Incoming says that it is being given the state that it goes on from, Saving that it stands still because its state is
+	// being saved. Whoever did that is gone if a daemon finds it so.
+	Incoming bool `json:"incoming,omitempty"`
+	Saving   bool `json:"saving,omitempty"`
 	// OS is of a machine with an operating system of its own.
 	OS *knownOS `json:"os,omitempty"`
 }
@@ -234,12 +239,31 @@ func (d *Driver) Adopt(ctx context.Context, id string) (isolation.Instance, erro
 	}
 	d.watchSpace()
 	k, err := d.recall(id)
+	if err == nil && k.Incoming {
+		// It has no whole state and never will: not one that runs.
+		i := d.instance(id)
+		_ = i.Held.Signal(ctx, syscall.SIGKILL) // it may have ended
+		if k.OS != nil {
+			return d.system(id), nil
+		}
+		return i, nil
+	}
 	if err == nil && k.OS != nil {
-		return d.adoptSystem(id, s.PID, k), nil
+		i := d.adoptSystem(id, s.PID, k)
+		if s.PID != 0 && k.Saving {
+			go d.goOnUnsaved(id, func() {
+				d.plugClipboard(context.Background(), id)
+				i.setClock()
+			})
+		}
+		return i, nil
 	}
 	i := d.instance(id)
 	i.SetPID(s.PID)
 	if err == nil {
+		if s.PID != 0 && k.Saving {
+			go d.goOnUnsaved(id, func() { i.setClock(context.Background()) })
+		}
 		d.follow(id, k.Managed)
 		if s.PID != 0 {
 			go func() { // what changed while no daemon was there
