@@ -67,7 +67,10 @@ func (s *suite) pick(whole, quick int) int {
 }
 
 func (s *suite) timed(ctx context.Context, name, title string, rounds, quickRounds int, warmup bool, contenders []contender) error {
-	p := plan{rounds: s.pick(rounds, quickRounds), warmup: warmup, budget: time.Duration(s.pick(60, 15)) * time.Second}
+	return s.planned(ctx, name, title, plan{rounds: s.pick(rounds, quickRounds), warmup: warmup, budget: time.Duration(s.pick(60, 15)) * time.Second}, contenders)
+}
+
+func (s *suite) planned(ctx context.Context, name, title string, p plan, contenders []contender) error {
 	r, err := interleave(ctx, s.progress, name, title, p, contenders)
 	if r != nil {
 		s.results = append(s.results, r)

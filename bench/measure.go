@@ -125,6 +125,24 @@ func (s *series) finish() {
 
 func milliseconds(d time.Duration) float64 { return math.Round(d.Seconds()*1e6) / 1e3 }
 
+// paired compares what was measured in the same rounds, one right after the other: the median of the ratios a/b, which what a
+// machine does for longer than a round leaves alone, and between what ratios the median of all rounds there might be lies with
+// a certainty of 95 % (by order statistics, the normal approximation of the binomial distribution).
+func paired(a, b []float64) (median, low, high float64) {
+	var ratios []float64
+	for i := range min(len(a), len(b)) {
+		ratios = append(ratios, a[i]/b[i])
+	}
+	n := float64(len(ratios))
+	if n == 0 {
+		return 0, 0, 0
+	}
+	slices.Sort(ratios)
+	off := 1.96 * math.Sqrt(n) / 2
+	at := func(rank float64) float64 { return ratios[int(min(max(rank, 1), n))-1] }
+	return quantile(ratios, 0.5), at(math.Floor(n/2 - off)), at(math.Ceil(1 + n/2 + off))
+}
+
 // quantile interpolates between the two nearest samples; 0 without samples.
 func quantile(samples []float64, q float64) float64 {
 	if len(samples) == 0 {

@@ -192,8 +192,11 @@ func machineExpectations(results []*result) []expectation {
 		for _, s := range res.Series {
 			for _, peer := range res.peers() {
 				if s.Engine == subject && s.Client == client && s.Median > 0 && peer.Engine == "qemu" {
-					ratio := s.Median / peer.Median
-					out = append(out, expectation{Promise: promise, Found: fmt.Sprintf("%.2f", ratio), Reached: ratio <= limit})
+					ratio, low, high := paired(s.Samples, peer.Samples)
+					out = append(out, expectation{
+						Promise: promise, Found: fmt.Sprintf("%.2f (%.2f to %.2f, of %d rounds)", ratio, low, high, min(len(s.Samples), len(peer.Samples))),
+						Reached: ratio <= limit,
+					})
 				}
 			}
 		}

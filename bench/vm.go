@@ -66,7 +66,9 @@ func (s *suite) machines(ctx context.Context) error {
 		fmt.Fprintf(s.progress, "  vm: QEMU by hand: %v\n", err)
 		return nil
 	}
-	err = s.timed(ctx, "vm", "first output of run --rm --isolation vm IMAGE echo (QEMU by hand: same kernel and disks)", 4, 2, false, []contender{
+	// Between the rounds templates are made.
+	p := plan{rounds: s.pick(10, 2), budget: 4 * time.Minute}
+	err = s.planned(ctx, "vm", "first output of run --rm --isolation vm IMAGE echo (QEMU by hand: same kernel and disks)", p, []contender{
 		{"qemu", "by hand", bare.once},
 		{subject, "boots", func(ctx context.Context, round int) (measurement, error) {
 			// A shape that there is no template of.

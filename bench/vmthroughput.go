@@ -123,7 +123,7 @@ func (s *shell) close() {
 }
 
 // transferred is how much every case moves, in bytes.
-const transferred = 128 << 20
+const transferred = 64 << 20
 
 // machineThroughput measures disk and network.
 func (s *suite) machineThroughput(ctx context.Context, e *engine, b *bare) error {
@@ -157,9 +157,9 @@ func (s *suite) machineThroughput(ctx context.Context, e *engine, b *bare) error
 	}()
 	megabytes := transferred >> 20
 	for _, c := range []struct{ name, title, before, command string }{
-		{"vm-disk-write", "128 MB written to a machine's disk and synced", "rm -f /file; sync", fmt.Sprintf("dd if=/dev/zero of=/file bs=1M count=%d conv=fsync 2>/dev/null", megabytes)},
-		{"vm-disk-read", "512 MB read from a machine's disk, past its page cache", "true", "for i in 1 2 3 4; do dd if=/file of=/dev/null bs=1M iflag=direct 2>/dev/null; done"},
-		{"vm-net-in", "128 MB from the host to a machine by TCP", "true", fmt.Sprintf("wget -q -O /dev/null http://%s/", address)},
+		{"vm-disk-write", fmt.Sprintf("%d MB written to a machine's disk and synced", megabytes), "rm -f /file; sync", fmt.Sprintf("dd if=/dev/zero of=/file bs=1M count=%d conv=fsync 2>/dev/null", megabytes)},
+		{"vm-disk-read", fmt.Sprintf("%d MB read from a machine's disk, past its page cache", 8*megabytes), "true", "for i in 1 2 3 4 5 6 7 8; do dd if=/file of=/dev/null bs=1M iflag=direct 2>/dev/null; done"},
+		{"vm-net-in", fmt.Sprintf("%d MB from the host to a machine by TCP", megabytes), "true", fmt.Sprintf("wget -q -O /dev/null http://%s/", address)},
 	} {
 		in := func(sh *shell) func(context.Context, int) (measurement, error) {
 			return func(ctx context.Context, _ int) (m measurement, err error) {
@@ -171,7 +171,7 @@ func (s *suite) machineThroughput(ctx context.Context, e *engine, b *bare) error
 				return m, err
 			}
 		}
-		if err := s.timed(ctx, c.name, c.title, 6, 3, true, []contender{{"qemu", "by hand", in(byHand)}, {subject, "run", in(own)}}); err != nil {
+		if err := s.timed(ctx, c.name, c.title, 24, 5, true, []contender{{"qemu", "by hand", in(byHand)}, {subject, "run", in(own)}}); err != nil {
 			return err
 		}
 	}
@@ -185,7 +185,7 @@ func (s *suite) machineThroughput(ctx context.Context, e *engine, b *bare) error
 			return m, err
 		}
 	}
-	return s.timed(ctx, "vm-net-out", "256 MB from a machine to the host by TCP", 6, 3, true, []contender{
+	return s.timed(ctx, "vm-net-out", "256 MB from a machine to the host by TCP", 24, 5, true, []contender{
 		{"qemu", "by hand", from(byHand, bareAddress(gateway))}, {subject, "run", from(own, inspect.Container.NetworkSettings.Networks["bridge"].IPAddress)},
 	})
 }

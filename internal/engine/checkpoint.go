@@ -36,8 +36,10 @@ func (e *Engine) checkpointDir(id, dir, name string) (string, error) {
 	return filepath.Join(dir, name), nil
 }
 
-// suspendedDir is where a suspended container's state is.
+// suspendedDir is where a suspended container's state is, resumingDir where it is while the container is resumed.
 func (e *Engine) suspendedDir(id string) string { return filepath.Join(e.dir(id), "suspended") }
+
+func (e *Engine) resumingDir(id string) string { return filepath.Join(e.dir(id), "resuming") }
 
 // clonedDir is where the state of another container is that a clone begins with.
 func (e *Engine) clonedDir(id string) string { return filepath.Join(e.dir(id), "cloned") }
@@ -96,8 +98,9 @@ func (e *Engine) saveRunning(ctx context.Context, c *Container, dir string, disk
 			r.stopping, c.rec.ManuallyStopped = true, true
 			c.mu.Unlock()
 		}
-		if err = p.Checkpoint(ctx, dir, disk, exit); err == nil {
-			err = saveAddresses(dir, r)
+		var addresses []byte
+		if addresses, err = addressesOf(r); err == nil {
+			err = p.Checkpoint(ctx, isolation.Saving{Dir: dir, Disk: disk, Exit: exit, Files: map[string][]byte{addressesFile: addresses}})
 		}
 	}
 	c.life.Unlock()
@@ -111,18 +114,14 @@ func (e *Engine) saveRunning(ctx context.Context, c *Container, dir string, disk
 // addressesFile has the addresses of a saved container: an operating system of its own goes on with those that it had.
 const addressesFile = "addresses.json"
 
-func saveAddresses(dir string, r *run) error {
+func addressesOf(r *run) ([]byte, error) {
 	saved := map[string]network.Addresses{}
 	for _, es := range r.Sandbox.Endpoints {
 		if es != nil {
 			saved[es.NetworkID] = network.Addresses{IPv4: es.IPAddress, IPv6: es.GlobalIPv6Address, MAC: es.MacAddress}
 		}
 	}
-	b, err := json.Marshal(saved)
-	if err != nil {
-		return err
-	}
-	return writeFile(filepath.Join(dir, addressesFile), b)
+	return json.Marshal(saved)
 }
 
 // wantAddresses asks for the addresses that a container had when it was saved.
@@ -223,12 +222,17 @@ func (e *Engine) ContainerResume(ctx context.Context, ref string) error {
 	if err != nil {
 		return err
 	}
-	dir := e.suspendedDir(c.ID())
-	if !e.isSuspended(c.ID()) {
+	dir := e.resumingDir(c.ID())
+	if err := os.Rename(e.suspendedDir(c.ID()), dir); errors.Is(err, os.ErrNotExist) {
 		return wrongState("Container %s is not suspended", c.ID())
+	} else if err != nil {
+		return err
 	}
 	if err := e.restore(ctx, c, dir, "suspended"); err != nil {
-		return err
+		if _, r := c.snapshot(); r != nil {
+			return errors.Join(err, os.RemoveAll(dir)) // somebody has started it
+		}
+		return errors.Join(err, os.Rename(dir, e.suspendedDir(c.ID())))
 	}
 	err = os.RemoveAll(dir)
 	c.life.Lock()
@@ -240,8 +244,12 @@ func (e *Engine) ContainerResume(ctx context.Context, ref string) error {
 }
 
 func (e *Engine) isSuspended(id string) bool {
-	_, err := os.Stat(e.suspendedDir(id))
-	return err == nil
+	for _, dir := range []string{e.suspendedDir(id), e.resumingDir(id)} {
+		if _, err := os.Stat(dir); err == nil {
+			return true
+		}
+	}
+	return false
 }
 
 // ContainerClone makes a container that goes on, under another name and with addresses of its own, from where a running
@@ -304,10 +312,13 @@ func (e *Engine) tidy(ctx context.Context, c *Container) error {
 	half, err := filepath.Glob(filepath.Join(e.dir(rec.ID), "checkpoints", "*.new"))
 	half = append(half, e.suspendedDir(rec.ID)+".new", e.clonedDir(rec.ID))
 	if r != nil {
-		half = append(half, e.suspendedDir(rec.ID)) // it went on since
+		half = append(half, e.resumingDir(rec.ID)) // it goes on
 	}
 	for _, dir := range half {
 		err = errors.Join(err, os.RemoveAll(dir))
+	}
+	if again := os.Rename(e.resumingDir(rec.ID), e.suspendedDir(rec.ID)); !errors.Is(again, os.ErrNotExist) {
+		err = errors.Join(err, again)
 	}
 	return err
 }

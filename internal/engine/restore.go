@@ -114,11 +114,15 @@ func (e *Engine) takeBack(ctx context.Context, c *Container, r *run) {
 		}
 		return
 	}
+	if _, err := os.Stat(e.suspendedDir(rec.ID)); err == nil {
+		r.stopping = true // all of it is saved; whoever did that couldn't end it any more
+	}
 	if r.PID == 0 {
 		r.PID, r.StartedAt = r.inst.PID(), time.Now().UTC()
 	}
 	c.mu.Lock()
 	c.run = r
+	c.rec.ManuallyStopped = c.rec.ManuallyStopped || r.stopping
 	c.rec.State = stateRecord{Status: container.StateRunning, StartedAt: r.StartedAt, FinishedAt: c.rec.State.FinishedAt}
 	c.mu.Unlock()
 	if r.inst == nil {

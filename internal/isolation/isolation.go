@@ -103,10 +103,21 @@ type Warmer interface {
 
 // Checkpointer is the role of workloads whose running state can be saved and resumed, memory included.
 type Checkpointer interface {
-	// Checkpoint saves the workload into a directory that doesn't exist yet. It goes on afterwards, or ends with exit. With
-	// disk, what its writable disk has is saved too, so that the workload can go on with it after others wrote there; without,
-	// it can only go on with the disk as it is. Error: ErrFailedPrecondition (something it has can't be saved).
-	Checkpoint(ctx context.Context, dir string, disk, exit bool) error
+	// Checkpoint saves the workload. Error: ErrFailedPrecondition (something it has can't be saved).
+	Checkpoint(ctx context.Context, s Saving) error
+}
+
+// Saving is how a workload is saved.
+type Saving struct {
+	// Dir doesn't exist yet. When it does, all is saved, and with Exit the workload ends, even should the daemon die.
+	Dir string
+	// Disk saves what its writable disk has too, so that the workload can go on with it after others wrote there; without, it
+	// can only go on with the disk as it is.
+	Disk bool
+	// Exit ends it; else it goes on afterwards.
+	Exit bool
+	// Files are put into the directory, by their names.
+	Files map[string][]byte
 }
 
 // Cloner is the role of workloads whose copies need help from within to become others than they were.

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -39,13 +40,13 @@ type checkpoint struct {
 }
 
 // Checkpoint implements isolation.Checkpointer.
-func (i *instance) Checkpoint(ctx context.Context, dir string, disk, exit bool) error {
-	return i.d.checkpoint(ctx, i.id, i.PID(), dir, disk, exit, func() { i.setClock(context.WithoutCancel(ctx)) })
+func (i *instance) Checkpoint(ctx context.Context, s isolation.Saving) error {
+	return i.d.checkpoint(ctx, i.id, i.PID(), s, func() { i.setClock(context.WithoutCancel(ctx)) })
 }
 
 // checkpoint saves a running machine, whose QEMU is a process of the host, and lets it go on or ends it; wake is called after it
 // stood still.
-func (d *Driver) checkpoint(ctx context.Context, id string, pid int, dir string, disk, exit bool, wake func()) (err error) {
+func (d *Driver) checkpoint(ctx context.Context, id string, pid int, s isolation.Saving, wake func()) (err error) {
 	k, err := d.recall(id)
 	if err != nil {
 		return err
@@ -53,7 +54,7 @@ func (d *Driver) checkpoint(ctx context.Context, id string, pid int, dir string,
 	switch {
 	case k.Share:
 		return fault.New(errdefs.ErrFailedPrecondition, "a virtual machine with directories of the host, by volumes or binds, can't be saved: their state isn't the machine's (block volumes can be suspended)")
-	case k.Volumes > 0 && (disk || !exit):
+	case k.Volumes > 0 && (s.Disk || !s.Exit):
 		return fault.New(errdefs.ErrFailedPrecondition, "a virtual machine with block volumes can only be suspended: a checkpoint or a clone would go on with volumes that were written to since")
 	case k.Apart:
 		return fault.New(errdefs.ErrFailedPrecondition, "a virtual machine whose disk is served by a process of its own can't be saved while it runs")
@@ -69,12 +70,14 @@ func (d *Driver) checkpoint(ctx context.Context, id string, pid int, dir string,
 		c.Ports = append(c.Ports, port)
 	}
 	slices.Sort(c.Ports)
-	tmp := dir + ".new"
+	tmp := s.Dir + ".new"
 	if err := errors.Join(os.RemoveAll(tmp), os.MkdirAll(tmp, 0o700)); err != nil {
 		return err
 	}
 	// Should the daemon die meanwhile, the next one lets it go on.
-	k.Saving = true
+	if k.Saving = true; s.Exit {
+		k.SavedIn = s.Dir
+	}
 	if err := d.remember(id, k); err != nil {
 		return err
 	}
@@ -96,7 +99,7 @@ func (d *Driver) checkpoint(ctx context.Context, id string, pid int, dir string,
 	if err := d.saveState(ctx, id, filepath.Join(tmp, stateFile), true); err != nil {
 		return err
 	}
-	if disk {
+	if s.Disk {
 		for name, path := range k.disks() {
 			if err := sparse.Clone(path, filepath.Join(tmp, name)); err != nil {
 				return err
@@ -107,13 +110,20 @@ func (d *Driver) checkpoint(ctx context.Context, id string, pid int, dir string,
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(tmp, checkpointFile), b, 0o600); err != nil {
+	files := maps.Clone(s.Files)
+	if files == nil {
+		files = map[string][]byte{}
+	}
+	files[checkpointFile] = b
+	for name, b := range files {
+		if err := os.WriteFile(filepath.Join(tmp, name), b, 0o600); err != nil {
+			return err
+		}
+	}
+	if err := os.Rename(tmp, s.Dir); err != nil {
 		return err
 	}
-	if err := os.Rename(tmp, dir); err != nil {
-		return err
-	}
-	if exit {
+	if s.Exit {
 		ended = true
 		if pid > 0 {
 			_ = unix.Kill(pid, unix.SIGKILL) // all of it is saved
@@ -131,7 +141,7 @@ func (d *Driver) goOn(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	k.Saving = false
+	k.Saving, k.SavedIn = false, ""
 	return d.remember(id, k)
 }
 

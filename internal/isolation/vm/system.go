@@ -418,11 +418,11 @@ func (i *system) goOn(ctx context.Context) error {
 }
 
 // Checkpoint implements isolation.Checkpointer.
-func (i *system) Checkpoint(ctx context.Context, dir string, disk, exit bool) error {
+func (i *system) Checkpoint(ctx context.Context, s isolation.Saving) error {
 	if err := i.d.unplugClipboard(ctx, i.id); err != nil {
 		return err
 	}
-	return i.d.checkpoint(ctx, i.id, i.PID(), dir, disk, exit, func() {
+	return i.d.checkpoint(ctx, i.id, i.PID(), s, func() {
 		i.d.plugClipboard(context.WithoutCancel(ctx), i.id)
 		go i.setClock()
 	})

@@ -25,6 +25,7 @@ import (
 	"dolium/internal/keeper"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 )
 
 // Config is what a driver needs to know of its daemon.
@@ -191,6 +192,8 @@ type known struct {
 	// being saved. Whoever did that is gone if a daemon finds it so.
 	Incoming bool `json:"incoming,omitempty"`
 	Saving   bool `json:"saving,omitempty"`
+	// SavedIn is where the state is, if it is all saved, of a machine that ends then.
+	SavedIn string `json:"savedIn,omitempty"`
 	// OS is of a machine with an operating system of its own.
 	OS *knownOS `json:"os,omitempty"`
 }
@@ -248,9 +251,16 @@ func (d *Driver) Adopt(ctx context.Context, id string) (isolation.Instance, erro
 		}
 		return i, nil
 	}
+	saving := err == nil && k.Saving && s.PID != 0
+	if saving && k.SavedIn != "" {
+		if _, err := os.Stat(k.SavedIn); err == nil {
+			_ = unix.Kill(s.PID, unix.SIGKILL) // as whoever saved it would have done
+			saving = false
+		}
+	}
 	if err == nil && k.OS != nil {
 		i := d.adoptSystem(id, s.PID, k)
-		if s.PID != 0 && k.Saving {
+		if saving {
 			go d.goOnUnsaved(id, func() {
 				d.plugClipboard(context.Background(), id)
 				i.setClock()
@@ -261,7 +271,7 @@ func (d *Driver) Adopt(ctx context.Context, id string) (isolation.Instance, erro
 	i := d.instance(id)
 	i.SetPID(s.PID)
 	if err == nil {
-		if s.PID != 0 && k.Saving {
+		if saving {
 			go d.goOnUnsaved(id, func() { i.setClock(context.Background()) })
 		}
 		d.follow(id, k.Managed)
