@@ -55,7 +55,7 @@ const (
 // templateKey names everything that a machine's state depends on.
 func (m *machine) templateKey(diskSize int64, networked bool) string {
 	h := sha256.New()
-	fmt.Fprintln(h, 7, m.boot.name, m.qemu.path, m.qemu.major, m.qemu.minor, m.qemu.accel.Name, m.cpus, m.maxCPUs, m.memory, m.maxMemory, diskSize, hotPorts, networked)
+	fmt.Fprintln(h, 7, m.boot.name, m.qemu.path, m.qemu.major, m.qemu.minor, m.qemu.accel.Name, m.cpus, m.maxCPUs, m.memory, m.maxMemory, diskSize, hotPorts, networked, m.commandLine())
 	if info, err := os.Stat(m.qemu.path); err == nil {
 		fmt.Fprintln(h, info.Size(), info.ModTime().UnixNano())
 	}
