@@ -36,10 +36,8 @@ func (e *Engine) checkpointDir(id, dir, name string) (string, error) {
 	return filepath.Join(dir, name), nil
 }
 
-// suspendedDir is where a suspended container's state is, resumingDir where it is while the container is resumed.
+// suspendedDir is where a suspended container's state is. It is there as long as the state isn't the container's again.
 func (e *Engine) suspendedDir(id string) string { return filepath.Join(e.dir(id), "suspended") }
-
-func (e *Engine) resumingDir(id string) string { return filepath.Join(e.dir(id), "resuming") }
 
 // clonedDir is where the state of another container is that a clone begins with.
 func (e *Engine) clonedDir(id string) string { return filepath.Join(e.dir(id), "cloned") }
@@ -188,10 +186,10 @@ func (e *Engine) ContainerStartFrom(ctx context.Context, ref, dir, name string) 
 	if err != nil {
 		return err
 	}
-	return e.restore(ctx, c, at, name)
+	return e.restore(ctx, c, savedState{dir: at}, name)
 }
 
-func (e *Engine) restore(ctx context.Context, c *Container, at, name string) error {
+func (e *Engine) restore(ctx context.Context, c *Container, from savedState, name string) error {
 	rec, _ := c.snapshot()
 	d, err := e.driver(rec.HostConfig.Isolation)
 	if err != nil {
@@ -200,10 +198,10 @@ func (e *Engine) restore(ctx context.Context, c *Container, at, name string) err
 	if _, ok := d.(isolation.DiskRooter); !ok {
 		return fault.New(errdefs.ErrNotImplemented, "starting from a saved state is not possible with this isolation: it takes isolation vm")
 	}
-	if _, err := os.Stat(at); errors.Is(err, os.ErrNotExist) {
+	if _, err := os.Stat(from.dir); errors.Is(err, os.ErrNotExist) {
 		return fault.New(errdefs.ErrNotFound, "checkpoint %s does not exist for container %s", name, rec.ID)
 	}
-	return e.startFrom(ctx, rec.ID, savedState{dir: at})
+	return e.startFrom(ctx, rec.ID, from)
 }
 
 // ContainerSuspend saves a running container to disk and ends it; ContainerResume lets it go on, also after the host was
@@ -222,34 +220,18 @@ func (e *Engine) ContainerResume(ctx context.Context, ref string) error {
 	if err != nil {
 		return err
 	}
-	dir := e.resumingDir(c.ID())
-	if err := os.Rename(e.suspendedDir(c.ID()), dir); errors.Is(err, os.ErrNotExist) {
+	if !e.isSuspended(c.ID()) {
 		return wrongState("Container %s is not suspended", c.ID())
-	} else if err != nil {
+	}
+	if err := e.restore(ctx, c, savedState{dir: e.suspendedDir(c.ID()), once: true}, "suspended"); err != nil {
 		return err
 	}
-	if err := e.restore(ctx, c, dir, "suspended"); err != nil {
-		if _, r := c.snapshot(); r != nil {
-			return errors.Join(err, os.RemoveAll(dir)) // somebody has started it
-		}
-		return errors.Join(err, os.Rename(dir, e.suspendedDir(c.ID())))
-	}
-	err = os.RemoveAll(dir)
-	c.life.Lock()
-	defer c.life.Unlock()
-	if rec, r := c.snapshot(); r == nil {
-		e.releaseMounts(ctx, &rec) // it has ended already, while it still counted as suspended
-	}
-	return err
+	return nil
 }
 
 func (e *Engine) isSuspended(id string) bool {
-	for _, dir := range []string{e.suspendedDir(id), e.resumingDir(id)} {
-		if _, err := os.Stat(dir); err == nil {
-			return true
-		}
-	}
-	return false
+	_, err := os.Stat(e.suspendedDir(id))
+	return err == nil
 }
 
 // ContainerClone makes a container that goes on, under another name and with addresses of its own, from where a running
@@ -305,20 +287,14 @@ func (e *Engine) finish(id string) error {
 
 // tidy removes what a daemon left that died while it saved, resumed or cloned a container. Call it before requests are served.
 func (e *Engine) tidy(ctx context.Context, c *Container) error {
-	rec, r := c.snapshot()
+	rec, _ := c.snapshot()
 	if rec.Unfinished {
 		return e.ContainerRemove(ctx, rec.ID, RemoveOptions{Force: true, Volumes: true})
 	}
 	half, err := filepath.Glob(filepath.Join(e.dir(rec.ID), "checkpoints", "*.new"))
 	half = append(half, e.suspendedDir(rec.ID)+".new", e.clonedDir(rec.ID))
-	if r != nil {
-		half = append(half, e.resumingDir(rec.ID)) // it goes on
-	}
 	for _, dir := range half {
 		err = errors.Join(err, os.RemoveAll(dir))
-	}
-	if again := os.Rename(e.resumingDir(rec.ID), e.suspendedDir(rec.ID)); !errors.Is(again, os.ErrNotExist) {
-		err = errors.Join(err, again)
 	}
 	return err
 }

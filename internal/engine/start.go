@@ -25,6 +25,7 @@ func (e *Engine) ContainerStart(ctx context.Context, ref string) error {
 type savedState struct {
 	dir   string // a checkpoint's
 	clone bool   // of another container, which runs
+	once  bool   // it is gone when the container has it
 }
 
 // startFrom is ContainerStart; from a saved state the container goes on.
@@ -144,7 +145,7 @@ func (e *Engine) launch(ctx context.Context, c *Container, rec *record, restore 
 	if err != nil {
 		return nil, err
 	}
-	spec.Restore, spec.Clone = restore.dir, restore.clone
+	spec.Restore, spec.Clone, spec.Once = restore.dir, restore.clone, restore.once
 	// Written before anything runs: should the daemon die from here on, the next one knows what to look for.
 	u.add(func() { os.Remove(e.runFile(rec.ID)) })
 	if err := e.saveRun(rec.ID, r); err != nil {

@@ -299,6 +299,9 @@ type Spec struct {
 	Restore string
 	// Clone says that what goes on is a copy of another workload, and becomes this one.
 	Clone bool
+	// Once says that it goes on from there once, on disks that change from then on: Restore is gone from the moment on when the
+	// workload itself has the state, even should the daemon die.
+	Once bool
 
 	// Mounts in the order to mount, parents first; they include /etc/hosts, /etc/hostname, /etc/resolv.conf, volumes,
 	// binds, tmpfs and /dev/shm. The driver adds its own (/proc, /sys, /dev, ...) before them.

@@ -480,7 +480,6 @@ func TestADebianDiskIsAMachine(t *testing.T) {
 		t.Errorf("the copy has %q, %v", got, err)
 	}
 	d.OK("rm", "-f", "efi", "copy")
-	d.OK("rm", "-f", "efi", "signed")
 }
 
 // patiently is host.Eventually for what takes longer than most.

@@ -368,13 +368,20 @@ func TestMachinesOutliveADaemonThatWasSavingThem(t *testing.T) {
 	h, docker := newHost(t, "--experimental")
 	d := docker.Program(filepath.Join(host.Bin(), "dolium"))
 	warmMachines(t, h, docker)
-	d.OK(vm("-d", "--name", "mach", "busybox", "sh", "-c", "touch /dev/shm/began; sleep 100000")...)
+	d.OK(vm("-d", "--name", "mach", "busybox", "sh", "-c", "touch /dev/shm/began; while :; do echo more >/file; sync; usleep 50000; done")...)
 	host.Eventually(t, "it begins", func() error {
 		if r := d.Run("exec", "mach", "ls", "/dev/shm/began"); r.Code != 0 {
 			return errors.New(r.Stderr)
 		}
 		return nil
 	})
+	written := func() time.Time {
+		info, err := os.Stat(filepath.Join(h.DataRoot, "image/layers", d.Inspect("mach", "{{.Id}}"), "disk.qcow2"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return info.ModTime()
+	}
 	outcomes := map[string]int{}
 	for i, what := range [][]string{
 		{"clone", "mach", "copy"}, {"suspend", "mach"}, {"checkpoint", "create", "--leave-running", "mach", "one"}, {"clone", "mach", "copy"},
@@ -401,6 +408,7 @@ func TestMachinesOutliveADaemonThatWasSavingThem(t *testing.T) {
 				t.Fatalf("%d: it has ended by %s", i, what)
 			}
 			outcomes["suspended"]++
+			before := written()
 			go func() { done <- d.Run("resume", "mach") }()
 			time.Sleep(time.Duration(rand.IntN(1000)) * time.Millisecond)
 			h.Kill9(t)
@@ -408,6 +416,9 @@ func TestMachinesOutliveADaemonThatWasSavingThem(t *testing.T) {
 			h.Start(t)
 			if d.Inspect("mach", "{{.State.Status}}") != "running" {
 				outcomes["not resumed"]++
+				if !written().Equal(before) {
+					t.Errorf("%d: it ran, and could go on from before that", i)
+				}
 				d.OK("resume", "mach")
 			}
 		}

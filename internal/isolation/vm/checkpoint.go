@@ -25,6 +25,10 @@ import (
 const (
 	checkpointFile = "machine.json"
 	diskFile       = "disk.qcow2"
+	stateSocket    = "state.sock"
+
+	// halfMade is at the end of the name of a directory that isn't all there yet, or any more.
+	halfMade = ".new"
 )
 
 // checkpoint is what a machine must be made of to go on from a state.
@@ -41,12 +45,12 @@ type checkpoint struct {
 
 // Checkpoint implements isolation.Checkpointer.
 func (i *instance) Checkpoint(ctx context.Context, s isolation.Saving) error {
-	return i.d.checkpoint(ctx, i.id, i.PID(), s, func() { i.setClock(context.WithoutCancel(ctx)) })
+	return i.d.checkpoint(ctx, i.id, i.PID(), s, func() error { return nil }, func() { i.setClock(context.WithoutCancel(ctx)) })
 }
 
-// checkpoint saves a running machine, whose QEMU is a process of the host, and lets it go on or ends it; wake is called after it
-// stood still.
-func (d *Driver) checkpoint(ctx context.Context, id string, pid int, s isolation.Saving, wake func()) (err error) {
+// checkpoint saves a running machine, whose QEMU is a process of the host, and lets it go on or ends it. prepare is called before,
+// wake after it stood still.
+func (d *Driver) checkpoint(ctx context.Context, id string, pid int, s isolation.Saving, prepare func() error, wake func()) (err error) {
 	k, err := d.recall(id)
 	if err != nil {
 		return err
@@ -70,7 +74,7 @@ func (d *Driver) checkpoint(ctx context.Context, id string, pid int, s isolation
 		c.Ports = append(c.Ports, port)
 	}
 	slices.Sort(c.Ports)
-	tmp := s.Dir + ".new"
+	tmp := s.Dir + halfMade
 	if err := errors.Join(os.RemoveAll(tmp), os.MkdirAll(tmp, 0o700)); err != nil {
 		return err
 	}
@@ -96,6 +100,9 @@ func (d *Driver) checkpoint(ctx context.Context, id string, pid int, s isolation
 			err = errors.Join(err, fmt.Errorf("the machine doesn't go on: %w", again))
 		}
 	}()
+	if err := prepare(); err != nil {
+		return err
+	}
 	if err := d.saveState(ctx, id, filepath.Join(tmp, stateFile), true); err != nil {
 		return err
 	}
@@ -141,7 +148,7 @@ func (d *Driver) goOn(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	k.Saving, k.SavedIn = false, ""
+	k.Incoming, k.Once, k.Saving, k.SavedIn = false, "", false, ""
 	return d.remember(id, k)
 }
 
@@ -160,7 +167,7 @@ func (m *monitor) endSaving() error {
 	return errors.Join(fmt.Errorf("saving is %s", is.Status), m.run("migrate_cancel", nil, nil))
 }
 
-// goOnUnsaved lets a machine go on that an earlier daemon was saving.
+// goOnUnsaved lets a machine go on that an earlier daemon was saving, or had given its state.
 func (d *Driver) goOnUnsaved(id string, wake func()) {
 	ctx := context.Background()
 	var err error

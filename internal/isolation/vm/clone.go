@@ -39,23 +39,18 @@ func (i *system) Clonable(ctx context.Context) error {
 	if system.ID == "mswindows" {
 		return fault.New(errdefs.ErrFailedPrecondition, why, "Windows becomes another only by sysprep and a boot (commit it)")
 	}
+	type command struct {
+		Name    string `json:"name"`
+		Enabled bool   `json:"enabled"`
+	}
 	var can struct {
-		Commands []struct {
-			Name    string `json:"name"`
-			Enabled bool   `json:"enabled"`
-		} `json:"supported_commands"`
+		Commands []command `json:"supported_commands"`
 	}
 	if err := i.d.agent(ctx, i.id, "guest-info", map[string]any{}, &can); err != nil {
 		return err
 	}
 	for _, name := range []string{"guest-exec", "guest-exec-status"} {
-		ok := slices.ContainsFunc(can.Commands, func(c struct {
-			Name    string `json:"name"`
-			Enabled bool   `json:"enabled"`
-		}) bool {
-			return c.Name == name && c.Enabled
-		})
-		if !ok {
+		if !slices.Contains(can.Commands, command{name, true}) {
 			return fault.New(errdefs.ErrFailedPrecondition, why, "it is there, but isn't allowed "+name)
 		}
 	}

@@ -19,8 +19,8 @@ for key in /etc/ssh/ssh_host_*_key; do
 	ssh-keygen -q -t "${kind%_key}" -N '' -f "$key" >&2 || fail "ssh has no new $key"
 done
 
-before=$(hostname) after=${name%%.*}
-if [ -n "$before" ] && grep -qs '^127\.0\.1\.1' /etc/hosts; then
+after=${name%%.*}
+if grep -qs '^127\.0\.1\.1' /etc/hosts; then
 	sed "/^127\.0\.1\.1/s/.*/127.0.1.1 $([ "$name" = "$after" ] || echo "$name ")$after/" /etc/hosts >/etc/hosts.clone &&
 		cat /etc/hosts.clone >/etc/hosts
 	rm -f /etc/hosts.clone

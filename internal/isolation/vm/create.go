@@ -167,7 +167,7 @@ func (d *Driver) create(ctx context.Context, s *isolation.Spec, as purpose) (_ *
 	k := &known{
 		NetNS: s.NetNS, User: user, CPUs: m.cpus, Max: m.maxCPUs, Memory: m.memory, Base: m.memory, MaxMemory: m.maxMemory, Process: inherited(first), Managed: files,
 		NICs: map[string]int{}, DNS: network.DNS, Board: m.board, Boot: m.boot.name, BaseCPUs: m.cpus, Disk: m.upper, Share: m.share, IO: g.io, Apart: m.apart, Volumes: len(m.volumes),
-		Incoming: m.incoming,
+		Incoming: m.incoming, Once: usedUp(s),
 	}
 	for i, n := range m.nics {
 		k.NICs[n.tap] = m.ports[i]

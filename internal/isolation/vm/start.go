@@ -25,6 +25,8 @@ type starting struct {
 	keep bool
 	// checkpoint says that the state is all of a machine's, which runs.
 	checkpoint bool
+	// once is the directory that the state is from, if it is to be used up.
+	once string
 }
 
 // memoryOf decides whether a machine starts from a template, and makes its memory then.
@@ -35,7 +37,7 @@ func (d *Driver) memoryOf(m *machine, s *isolation.Spec, t *templateChoice, as p
 	}
 	switch {
 	case m.complete:
-		return starting{state: filepath.Join(s.Restore, stateFile), checkpoint: true}, nil
+		return starting{state: filepath.Join(s.Restore, stateFile), checkpoint: true, once: usedUp(s)}, nil
 	case as == asTemplate:
 		m.memoryFile = d.memoryPath(s.ID)
 		err := emptyFile(m.memoryFile, m.memory)
@@ -85,8 +87,16 @@ func (d *Driver) hasState(id string) error {
 	if err != nil {
 		return err
 	}
-	k.Incoming = false
+	k.Incoming, k.Once = false, ""
 	return d.remember(id, k)
+}
+
+// usedUp is the directory of a state that can be gone on from once; empty for others.
+func usedUp(s *isolation.Spec) string {
+	if s.Once {
+		return s.Restore
+	}
+	return ""
 }
 
 // throttled limits the disk of a machine that has just started, if that was asked.

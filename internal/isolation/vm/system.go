@@ -47,6 +47,7 @@ type system struct {
 	id string
 
 	restore  string    // a checkpoint's directory
+	once     string    // the same, if it is to be used up
 	become   *identity // of a copy
 	mu       sync.Mutex
 	pressing bool // the power button
@@ -184,8 +185,8 @@ func (d *Driver) createSystem(ctx context.Context, s *isolation.Spec) (_ *system
 	k := &known{
 		NetNS: s.NetNS, User: user, CPUs: h.cpus, Max: h.maxCPUs, Memory: h.memory, Base: h.memory, MaxMemory: h.maxMemory, NICs: map[string]int{},
 		Board: h.board, BaseCPUs: h.cpus, Disk: h.disks.upper, IO: g.io, Share: h.share, Volumes: len(h.volumes),
-		Incoming: h.incoming,
-		OS:       &knownOS{Emulated: h.emulated, Vars: h.vars, Hostname: s.Hostname, Servers: servers, Search: search},
+		Incoming: h.incoming, Once: usedUp(s),
+		OS: &knownOS{Emulated: h.emulated, Vars: h.vars, Hostname: s.Hostname, Servers: servers, Search: search},
 	}
 	for i, n := range g.nics {
 		k.NICs[n.tap] = h.ports[i]
@@ -204,7 +205,7 @@ func (d *Driver) createSystem(ctx context.Context, s *isolation.Spec) (_ *system
 		return nil, err
 	}
 	i := d.system(s.ID)
-	i.restore = s.Restore
+	i.restore, i.once = s.Restore, usedUp(s)
 	if s.Clone {
 		i.become = &identity{id: s.ID, hostname: s.Hostname, domainname: s.Domainname}
 	}
@@ -380,7 +381,7 @@ func (i *system) goOn(ctx context.Context) error {
 		return err
 	}
 	defer state.Close()
-	socket := filepath.Join(i.d.runDir(i.id), "state.sock")
+	socket := filepath.Join(i.d.runDir(i.id), stateSocket)
 	k, err := i.d.recall(i.id)
 	if err != nil {
 		return err
@@ -402,7 +403,7 @@ func (i *system) goOn(ctx context.Context) error {
 		if err = errors.Join(err, conn.Close()); err != nil {
 			return err
 		}
-		return m.incoming()
+		return m.incoming(i.once)
 	})
 	if err != nil {
 		return err
@@ -412,17 +413,13 @@ func (i *system) goOn(ctx context.Context) error {
 			return fmt.Errorf("give the copy another identity: %w", err)
 		}
 	}
-	k.Incoming = false
 	go i.setClock()
-	return i.d.remember(i.id, k)
+	return i.d.hasState(i.id)
 }
 
 // Checkpoint implements isolation.Checkpointer.
 func (i *system) Checkpoint(ctx context.Context, s isolation.Saving) error {
-	if err := i.d.unplugClipboard(ctx, i.id); err != nil {
-		return err
-	}
-	return i.d.checkpoint(ctx, i.id, i.PID(), s, func() {
+	return i.d.checkpoint(ctx, i.id, i.PID(), s, func() error { return i.d.unplugClipboard(ctx, i.id) }, func() {
 		i.d.plugClipboard(context.WithoutCancel(ctx), i.id)
 		go i.setClock()
 	})

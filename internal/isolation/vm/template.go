@@ -358,7 +358,7 @@ func sharedMemory(out bool) any {
 
 // saveState stops a machine and writes its state into a file: that of its devices, and its memory unless that is a file.
 func (d *Driver) saveState(ctx context.Context, id, path string, memory bool) error {
-	socket := filepath.Join(d.runDir(id), "state.sock")
+	socket := filepath.Join(d.runDir(id), stateSocket)
 	if err := os.RemoveAll(socket); err != nil { // of a daemon that died
 		return err
 	}
@@ -437,8 +437,8 @@ func (d *Driver) memoryPath(id string) string {
 	return filepath.Join("/dev/shm", fmt.Sprintf("dolium-%08x-%s.%s", crc32.ChecksumIEEE([]byte(d.config.ExecRoot)), shortName(id), memoryFile))
 }
 
-// incoming waits until a state has been read, and has the machine run.
-func (m *monitor) incoming() error {
+// incoming waits until a state has been read, uses up the directory that it is from, if it is one, and has the machine run.
+func (m *monitor) incoming(from string) error {
 	for {
 		var is struct {
 			Status string `json:"status"`
@@ -450,7 +450,14 @@ func (m *monitor) incoming() error {
 		case "running":
 			return nil
 		case "paused": // as it was when it was saved
-			return m.run("cont", nil, nil)
+			if from == "" {
+				return m.run("cont", nil, nil)
+			}
+			used := from + halfMade
+			if err := os.Rename(from, used); err != nil {
+				return err
+			}
+			return errors.Join(m.run("cont", nil, nil), os.RemoveAll(used))
 		case "inmigrate":
 			time.Sleep(2 * time.Millisecond)
 		default:
@@ -473,7 +480,7 @@ func (d *Driver) resume(ctx context.Context, id string, s *starting) error {
 		if err := m.run("migrate-incoming", map[string]any{"uri": "fd:0"}, nil); err != nil {
 			return err
 		}
-		if err := m.incoming(); err != nil {
+		if err := m.incoming(s.once); err != nil {
 			return err
 		}
 		if s.checkpoint {

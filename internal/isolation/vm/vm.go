@@ -192,8 +192,10 @@ type known struct {
 	// being saved. Whoever did that is gone if a daemon finds it so.
 	Incoming bool `json:"incoming,omitempty"`
 	Saving   bool `json:"saving,omitempty"`
-	// SavedIn is where the state is, if it is all saved, of a machine that ends then.
+	// SavedIn is where the state is, if it is all saved, of a machine that ends then; Once where it was, until the machine had it,
+	// of one that was resumed.
 	SavedIn string `json:"savedIn,omitempty"`
+	Once    string `json:"once,omitempty"`
 	// OS is of a machine with an operating system of its own.
 	OS *knownOS `json:"os,omitempty"`
 }
@@ -242,6 +244,11 @@ func (d *Driver) Adopt(ctx context.Context, id string) (isolation.Instance, erro
 	}
 	d.watchSpace()
 	k, err := d.recall(id)
+	if err == nil && k.Incoming && k.Once != "" {
+		if _, err := os.Stat(k.Once); errors.Is(err, os.ErrNotExist) {
+			k.Incoming, k.Saving = false, true // it has its state, and may stand still
+		}
+	}
 	if err == nil && k.Incoming {
 		// It has no whole state and never will: not one that runs.
 		i := d.instance(id)
